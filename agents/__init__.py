@@ -1,0 +1,1 @@
+"""What lives in a world: policies and agents that see frames and return actions."""

@@ -1,0 +1,1 @@
+"""Gymnasium environments: real ones as images, and learned ones behind the same contract."""

@@ -1,0 +1,1 @@
+"""Controls: any Gymnasium action space to control tokens for the deep flow."""

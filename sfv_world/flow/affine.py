@@ -1,0 +1,46 @@
+"""The affine map of an autoregressive flow: z = (x - mu) / sigma, with mu and sigma predicted by a Transformer.
+
+TARFlow (arXiv 2412.06329) with the softplus parameterisation and soft clipping of STARFlow (arXiv 2506.06276).
+Always float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+SOFT_CLIP = 4.0
+SOFTPLUS_ONE = 0.541324854612918  # softplus(SOFTPLUS_ONE) = 1
+
+
+class Fields(NamedTuple):
+    """Mean and scale of every channel of every token: what a Transformer says of tokens it has not seen."""
+
+    mu: Float[Tensor, "*b l c"]
+    sigma: Float[Tensor, "*b l c"]
+
+    @classmethod
+    def from_parameters(cls, parameters: Float[Tensor, "*b l two_c"]) -> "Fields":
+        """Fields from a Transformer's output (a, b): sigma = softplus(clip(a) + 0.5413), mu = clip(b).
+
+        The soft clip 4 tanh(. / 4) keeps |mu| <= 4 and sigma in [0.031, 4.55]; zeros give the identity map.
+        """
+        clipped = SOFT_CLIP * torch.tanh(parameters.float() / SOFT_CLIP)
+        a, b = clipped.chunk(2, dim=-1)
+        return cls(mu=b, sigma=F.softplus(a + SOFTPLUS_ONE))
+
+    def normalise(self, x: Float[Tensor, "*b l c"]) -> tuple[Float[Tensor, "*b l c"], Float[Tensor, "*b l"]]:
+        """x -> (z, log|det dz/dx| of every token)."""
+        return (x - self.mu) / self.sigma, -self.sigma.log().sum(-1)
+
+    def denormalise(self, z: Float[Tensor, "*b l c"]) -> Float[Tensor, "*b l c"]:
+        """z -> x, the inverse of `normalise`."""
+        return self.mu + self.sigma * z
+
+
+def standard_normal_log_prob(z: Float[Tensor, "*b l c"]) -> Float[Tensor, "*b l"]:
+    """Log-density of every token under N(0, I), in nats, with its constant."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)

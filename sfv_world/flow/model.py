@@ -1,0 +1,160 @@
+"""The video flow: shallow blocks within each frame, one deep flow over frames, and the exact likelihood of both.
+
+STARFlow-V (arXiv 2511.20462): p(x) = prod_n p_D(u_n | u_<n, a_<n) |det J_S(x_n)|, u_n = f_S(x_n). Two deep flows share one
+interface: `autoregressive`, the paper's, over latents u in token order; and `frame-parallel`, which predicts the fields of
+all tokens of frame n from the tokens x_<n and the actions in one pass. Its features also condition the shallow blocks,
+which then carry what is left to say within the frame. Both are exact.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfv_world.flow.affine import Fields, standard_normal_log_prob
+from sfv_world.flow.cache import FrameCache
+from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
+
+DeepKind = Literal["frame-parallel", "autoregressive"]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Shape of a video flow."""
+
+    channels: int
+    """Channels of a token."""
+    grid: tuple[int, int]
+    """Rows and columns of tokens in a frame."""
+    deep: TransformerConfig
+    """The flow over frames."""
+    shallow: TransformerConfig
+    """Each block of the flow within a frame."""
+    shallow_blocks: int = 2
+    """Blocks within a frame, in alternating directions."""
+    kind: DeepKind = "frame-parallel"
+    """Which deep flow."""
+    control_width: int = 64
+    """Channels of a control token."""
+
+    def __post_init__(self) -> None:
+        if self.shallow.window != 1:
+            raise ValueError(f"shallow.window must be 1 (a shallow block sees one frame), got {self.shallow.window}")
+        if self.kind not in ("frame-parallel", "autoregressive"):
+            raise ValueError(f"kind must be 'frame-parallel' or 'autoregressive', got {self.kind!r}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame, L."""
+        return self.grid[0] * self.grid[1]
+
+
+class Encoding(NamedTuple):
+    """What a forward pass of the flow says of a video."""
+
+    noise: Float[Tensor, "b t l c"]
+    """z, standard normal under the model."""
+    log_det: Float[Tensor, "b t l"]
+    """log|det dz/dx|, by token in raster order, all blocks together."""
+    latents: Float[Tensor, "b t l c"]
+    """u, after the shallow flow."""
+    features: Float[Tensor, "b t l w"]
+    """The deep flow's last features."""
+    fields: Fields
+    """The deep flow's mean and scale of u."""
+
+    @property
+    def log_prob(self) -> Float[Tensor, "b t l"]:
+        """log p of every token given all before it, in nats, with every constant; float32."""
+        return standard_normal_log_prob(self.noise) + self.log_det
+
+
+class ShallowFlow(nn.Module):
+    """Affine autoregressive blocks within one frame, in alternating directions, the first one reversed."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SlotTransformer(
+                config.shallow,
+                channels=config.channels,
+                grid=config.grid,
+                order="token",
+                condition_width=config.deep.width if config.kind == "frame-parallel" else None,
+            )
+            for _ in range(config.shallow_blocks)
+        )
+
+    @staticmethod
+    def orient(index: int, x: Tensor) -> Tensor:
+        """`x` (..., slots, channels) in block `index`'s direction, or back: even blocks read a frame from its end."""
+        return x.flip(-2) if index % 2 == 0 else x
+
+    def forward(
+        self, tokens: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
+    ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l"]]:
+        """tokens -> (latents, log|det| by token), for frames that know nothing of each other."""
+        total = tokens.new_zeros(tokens.shape[:-1])
+        for index in range(len(self.blocks)):
+            x, c = self.orient(index, tokens), None if condition is None else self.orient(index, condition)
+            z, log_det = self.fields(index, x, c).normalise(x)
+            tokens, log_det = self.orient(index, z), self.orient(index, log_det[..., None])[..., 0]
+            total = total + log_det
+        return tokens, total
+
+    def fields(self, index: int, x: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None) -> Fields:
+        """Block `index`'s fields for oriented tokens `x` (one pass, no sampling)."""
+        block = self.blocks[index]
+        x, condition = x[:, None], None if condition is None else condition[:, None]
+        fields = block.fields(block.features(block.shift(x), condition=condition))
+        return Fields(fields.mu[:, 0], fields.sigma[:, 0])
+
+
+class VideoFlow(nn.Module):
+    """The normalizing flow over videos of noised tokens, conditioned on control tokens."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.config = config
+        self.deep = SlotTransformer(
+            config.deep,
+            channels=config.channels,
+            grid=config.grid,
+            order="frame" if config.kind == "frame-parallel" else "token",
+            control_width=config.control_width,
+        )
+        self.shallow = ShallowFlow(config)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b t l c"],
+        controls: Float[Tensor, "b t k d"] | None = None,
+        cache: FrameCache | None = None,
+    ) -> Encoding:
+        """tokens -> noise, log-determinant and features, all frames in parallel.
+
+        Args:
+            tokens: noised tokens of videos that begin here.
+            controls: control tokens of what led *to* each frame; without them the deep flow runs as if it had no adapter.
+            cache: a fresh cache whose clock stands at the end of the video; filled with the deep flow's keys and values.
+        """
+        frames = tokens.shape[1]
+        flat = rearrange(tokens, "b t l c -> (b t) l c")
+        if self.config.kind == "frame-parallel":
+            features = self.deep.features(self.deep.shift(tokens), controls, cache=cache)
+            latents, log_det = self.shallow(flat, rearrange(features, "b t l w -> (b t) l w"))
+            latents = rearrange(latents, "(b t) l c -> b t l c", t=frames)
+        else:
+            latents, log_det = self.shallow(flat)
+            latents = rearrange(latents, "(b t) l c -> b t l c", t=frames)
+            features = self.deep.features(self.deep.shift(latents), controls, cache=cache)
+        fields = self.deep.fields(features)
+        noise, deep_log_det = fields.normalise(latents)
+        log_det = rearrange(log_det, "(b t) l -> b t l", t=frames) + deep_log_det
+        return Encoding(noise, log_det, latents, features, fields)
+
+    def log_prob(self, tokens: Float[Tensor, "b t l c"], controls: Float[Tensor, "b t k d"] | None = None) -> Tensor:
+        """log p(x_n | x_<n, a_<n) of every frame, (b, t), in nats."""
+        return self(tokens, controls).log_prob.sum(-1)

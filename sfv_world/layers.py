@@ -1,0 +1,143 @@
+"""Transformer layers: rotary positions, attention, MLP.
+
+The lowest room of the house. Parameter names and shapes are those of the released STARFlow layout
+(`attention.{norm,qkv,proj}`, `mlp.{norm,main.0,main.2}`), so that loading it is a matter of renaming keys.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class FinalNorm(nn.Module):
+    """RMSNorm `x * (1 + w)` computed in float32 (the norm before a flow block's output projection)."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight, self.eps)
+
+
+class Rope:
+    """Rotary positions over (row, column, time), as the released layout uses them.
+
+    Of the pairs of a head, 3/8 turn with the row, 3/8 with the column and 1/4 with time; each group has its own
+    geometric frequencies of base 10000. Angles are computed in float64, so a clock that has run for a billion
+    frames is as precise as a new one and never needs rebasing.
+    """
+
+    def __init__(self, head_dim: int, rows: int, columns: int):
+        if head_dim % 16:
+            raise ValueError(f"head_dim must be a multiple of 16 so that rotary pairs split 3:3:2, got {head_dim}")
+        space, time = 3 * head_dim // 16, head_dim // 8
+        self.time_frequencies = 10000.0 ** (-torch.arange(time, dtype=torch.float64) / time)
+        frequencies = 10000.0 ** (-torch.arange(space, dtype=torch.float64) / space)
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        angles = [position.flatten()[:, None] * frequencies for position in (row, column)]
+        self.space_angles = torch.cat(angles, dim=-1)
+
+    def __call__(self, times: Int[Tensor, "t"], slots: slice = slice(None)) -> Float[Tensor, "t l two p"]:
+        """The cosines and sines of every frame time and slot, on the device of `times`."""
+        device = times.device
+        space = self.space_angles[slots].to(device).expand(len(times), -1, -1)
+        time = times.double()[:, None, None] * self.time_frequencies.to(device)
+        angles = torch.cat([space, time.expand(-1, space.shape[1], -1)], dim=-1)
+        return torch.stack([angles.cos(), angles.sin()], dim=-2).float()
+
+
+def rotate(x: Float[Tensor, "*b l d"], turn: Float[Tensor, "*c l two p"]) -> Float[Tensor, "*b l d"]:
+    """Rotates interleaved pairs (x_0, x_1), (x_2, x_3), ... of the last dimension by the given cosines and sines."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = turn[..., 0, :].to(x.dtype), turn[..., 1, :].to(x.dtype)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."] | None = None) -> Tensor:
+    """Scaled dot-product attention over (..., length, head_dim); `mask` is True where a key is visible."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Controls(nn.Module):
+    """The zero-gated control adapter of one attention layer: control tokens are separate keys and values.
+
+    The layer's own queries attend to the control tokens of their frame through the adapter's projections; the
+    answer is added to the attention's output times a gate per channel that starts at zero. An untrained adapter
+    therefore changes nothing, bit for bit (zero-init attention of LLaMA-Adapter, arXiv 2303.16199).
+    """
+
+    def __init__(self, width: int, control_width: int):
+        super().__init__()
+        self.kv = nn.Linear(control_width, 2 * width)
+        self.gate = nn.Parameter(torch.zeros(width))
+
+    def forward(self, q: Float[Tensor, "n h l d"], controls: Float[Tensor, "n k c"]) -> Float[Tensor, "n l hd"]:
+        k, v = rearrange(self.kv(controls), "n k (two h d) -> two n h k d", two=2, h=q.shape[1])
+        return self.gate * rearrange(attend(q, k, v), "n h l d -> n l (h d)")
+
+
+class Attention(nn.Module):
+    """Pre-norm multi-head attention; how keys are found (a window, a cache) is the caller's `attend`."""
+
+    def __init__(self, width: int, head_dim: int, control_width: int | None = None):
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"width must be a multiple of head_dim, got width {width} and head_dim {head_dim}")
+        self.head_dim = head_dim
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.controls = Controls(width, control_width) if control_width else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "n l d"],
+        turn: Float[Tensor, "#n 1 l two p"],
+        attend: Attend,
+        controls: Float[Tensor, "n k c"] | None,
+    ) -> Float[Tensor, "n l d"]:
+        qkv = self.qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "n l (three h d) -> three n h l d", three=3, d=self.head_dim)
+        out = rearrange(attend(rotate(q, turn), rotate(k, turn), v), "n h l d -> n l (h d)")
+        if self.controls is not None and controls is not None:
+            out = out + self.controls(q, controls)
+        return self.proj(out)
+
+
+class MLP(nn.Module):
+    """Pre-norm MLP with the exact-erf GELU and four times the width inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.main = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
+        return self.main(self.norm(x))
+
+
+class Layer(nn.Module):
+    """One residual Transformer layer: attention, then MLP."""
+
+    def __init__(self, width: int, head_dim: int, control_width: int | None = None):
+        super().__init__()
+        self.attention = Attention(width, head_dim, control_width)
+        self.mlp = MLP(width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "n l d"],
+        turn: Float[Tensor, "#n 1 l two p"],
+        attend: Attend,
+        controls: Float[Tensor, "n k c"] | None = None,
+    ) -> Float[Tensor, "n l d"]:
+        x = x + self.attention(x, turn, attend, controls)
+        return x + self.mlp(x)

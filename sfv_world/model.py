@@ -1,0 +1,116 @@
+"""The world model: codec, control encoder, video flow and outcome heads, as one set of weights.
+
+What is learned, without any of the loops around it: `training` fits it, `world` steps it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from sfv_world.codec.pixels import PixelCodec, PixelCodecConfig
+from sfv_world.control.encoder import ControlEncoder
+from sfv_world.control.spaces import action_size
+from sfv_world.flow.model import DeepKind, Encoding, FlowConfig, VideoFlow
+from sfv_world.flow.transformer import TransformerConfig
+from sfv_world.heads import Outcome, OutcomeHeads
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides which weights a world has."""
+
+    codec: PixelCodecConfig
+    """Frames to tokens."""
+    flow: FlowConfig
+    """The density."""
+    noise: float = 0.05
+    """Standard deviation of the noise added to pixels in [-1, 1]; the density is over noised frames."""
+    control_tokens: int = 4
+    """Control tokens a frame."""
+
+    def __post_init__(self) -> None:
+        expected = (self.codec.channels, self.codec.grid)
+        if (self.flow.channels, self.flow.grid) != expected:
+            raise ValueError(
+                f"flow: expected (channels, grid) {expected} as the codec has, got {(self.flow.channels, self.flow.grid)}."
+            )
+
+    @property
+    def colour_values(self) -> int:
+        """Dimensions of a frame: height x width x 3."""
+        return self.codec.height * self.codec.width * 3
+
+
+class Reading(NamedTuple):
+    """What the model says of a video it has read in parallel."""
+
+    encoding: Encoding
+    log_likelihood: Float[Tensor, "b t"]
+    """log p(noised frame | frames before it, actions), in nats per frame of pixels in [-1, 1], every constant included."""
+    outcome: Outcome
+
+
+class WorldModel(nn.Module):
+    """All weights of a world."""
+
+    def __init__(self, config: ModelConfig, action_space: gym.Space[Any]):
+        super().__init__()
+        self.config, self.action_space = config, action_space
+        self.codec = PixelCodec(config.codec)
+        self.controls = ControlEncoder(action_size(action_space), config.flow.control_width, config.control_tokens)
+        self.flow = VideoFlow(config.flow)
+        self.heads = OutcomeHeads(config.flow.deep.width)
+
+    def noised_tokens(
+        self,
+        frames: UInt8[Tensor, "*b h w 3"],
+        uniform: Float[Tensor, "*b h w 3"],
+        normal: Float[Tensor, "*b h w 3"],
+    ) -> Float[Tensor, "*b l c"]:
+        """Tokens of frames dequantised by `uniform` in [0, 1) and noised by `normal` ~ N(0, 1)."""
+        return self.codec.encode(self.codec.pixels(frames, uniform) + self.config.noise * normal)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b t l c"],
+        actions: Float[Tensor, "b t n"],
+        known: Bool[Tensor, "b t"],
+        **cache: Any,
+    ) -> Reading:
+        """Reads videos that begin here in one parallel pass.
+
+        Args:
+            tokens: noised tokens.
+            actions: vector of the action that led to each frame.
+            known: whether that action is known; a video's first frame has none.
+            cache: `cache=` takes the deep flow's keys and values (see `VideoFlow.forward`).
+        """
+        encoding = self.flow(tokens, self.controls(actions, known), **cache)
+        log_likelihood = encoding.log_prob.sum(-1) + self.codec.log_det
+        return Reading(encoding, log_likelihood, self.heads(encoding.features))
+
+
+def model_config(
+    size: int,
+    height: int = 64,
+    width: int = 64,
+    *,
+    patch: int = 8,
+    kind: DeepKind = "frame-parallel",
+    window: int = 8,
+    noise: float = 0.05,
+) -> ModelConfig:
+    """A configuration from one dial: `size` layers deep, 48 channels wide a layer.
+
+    The shallow blocks are half as wide. Size 4 has about 3 million parameters, size 8 about 22 million.
+    """
+    codec = PixelCodecConfig(height, width, patch)
+    deep = TransformerConfig(width=48 * size, depth=size, head_dim=48, window=window)
+    shallow = TransformerConfig(width=48 * max(1, size // 2), depth=2 if kind == "frame-parallel" else 1, head_dim=48)
+    blocks = 3 if kind == "frame-parallel" else 2
+    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, blocks, kind)
+    return ModelConfig(codec, flow, noise)

@@ -1,0 +1,1 @@
+"""Training: clips to gradients to checkpoints."""

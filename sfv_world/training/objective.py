@@ -1,0 +1,89 @@
+"""The training loss: exact negative log-likelihood of noised frames, plus the outcome heads.
+
+STARFlow-V (arXiv 2511.20462) without its denoiser: log p is maximised as it is, no terms dropped.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from sfv_world.control.spaces import flatten_actions
+from sfv_world.data.clips import Clips
+from sfv_world.model import WorldModel
+
+
+class Batch(NamedTuple):
+    """Clips as tensors, everything aligned to the frame it leads to."""
+
+    frames: UInt8[Tensor, "b t h w 3"]
+    actions: Float[Tensor, "b t n"]
+    known: Bool[Tensor, "b t"]
+    rewards: Float[Tensor, "b t"]
+    terminations: Bool[Tensor, "b t"]
+    valid: Bool[Tensor, "b t"]
+    terminal: Bool[Tensor, "b t"]
+
+    @classmethod
+    def from_clips(cls, clips: Clips, model: WorldModel) -> "Batch":
+        """Tensors on the model's device; the first frame of a clip has no known action."""
+        device = model.codec.scale.device
+        b, t = clips.valid.shape
+        actions = flatten_actions(model.action_space, clips.actions, (b, t - 1))
+        actions = np.concatenate([np.zeros_like(actions[:, :1]), actions], axis=1)
+        known = np.broadcast_to(np.arange(t) > 0, (b, t)).copy()
+        arrays = (clips.frames, actions, known, clips.rewards, clips.terminations, clips.valid, clips.terminal)
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the loss is made of."""
+
+    action_dropout: float = 0.05
+    """Part of the actions that training hides, so that p(frame | no action) is learned too."""
+    reward_weight: float = 0.02
+    """Weight of the reward's cross-entropy (nats a frame) beside the flow's nats a dimension."""
+    termination_weight: float = 0.1
+    """Weight of the termination's cross-entropy."""
+    first_frame_weight: float = 1.0
+    """Weight of the first frame of a clip, which nothing precedes."""
+
+
+def world_loss(
+    model: WorldModel, batch: Batch, config: ObjectiveConfig, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch and its detached parts.
+
+    The flow's part is the mean negative log-likelihood in nats a colour value. Padded frames count nowhere; an ended
+    game's repeated screen is no target for the flow, and the first frame none for the heads.
+    """
+    shape, device = batch.frames.shape, batch.frames.device
+    uniform = torch.rand(shape, generator=generator, device=device)
+    normal = torch.randn(shape, generator=generator, device=device)
+    kept = torch.rand(batch.known.shape, generator=generator, device=device) >= config.action_dropout
+    tokens = model.noised_tokens(batch.frames, uniform, normal)
+    reading = model(tokens, batch.actions, batch.known & kept)
+    nats = -reading.log_likelihood / model.config.colour_values
+
+    later = torch.arange(shape[1], device=device) > 0
+    weights = (batch.valid & ~batch.terminal) * torch.where(later, 1.0, config.first_frame_weight)
+    flow = _mean(nats, weights)
+    reward, termination = model.heads.loss(reading.outcome, batch.rewards, batch.terminations)
+    reward, termination = (_mean(part, (batch.valid & later).float()) for part in (reward, termination))
+    loss = flow + config.reward_weight * reward + config.termination_weight * termination
+    metrics = {
+        "nats_per_dim": flow,
+        "next_frame_bits_per_dim": _mean(nats, weights * later) / math.log(2),
+        "reward_loss": reward,
+        "termination_loss": termination,
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1e-9)

@@ -1,0 +1,384 @@
+"""Recordings survive being killed, continue as if never interrupted, and come back aligned, whole, and cut as asked."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
+
+from sfv_world.data import collect as collecting
+from sfv_world.data.clips import Clips, ClipSampler, Episodes, load_episodes
+from sfv_world.data.collect import CollectConfig, collect
+
+ACTION_SPACES = {
+    "Discrete": spaces.Discrete(5),
+    "Box": spaces.Box(-1, 1, (2,)),
+    "MultiBinary": spaces.MultiBinary(3),
+    "Tree": spaces.Dict(
+        keys=spaces.MultiDiscrete([3, 4]), mouse=spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Discrete(3)))
+    ),
+}
+
+
+def fingerprint(action: Any) -> int:
+    """A number in 0 to 255 that tells actions apart."""
+    if isinstance(action, dict):
+        return sum(fingerprint(part) for part in action.values()) % 256
+    if isinstance(action, tuple):
+        return sum(fingerprint(part) for part in action) % 256
+    return int(np.abs(np.asarray(action, np.float64) * [[37, 11, 5][: np.size(action)]]).sum()) % 256
+
+
+class Counter(gym.Env[np.ndarray, Any]):
+    """Shows what happened: rows of the frame hold the time, the last action's fingerprint, and a number of the episode's."""
+
+    def __init__(self, actions: str = "Discrete"):
+        self.observation_space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
+        self.action_space = ACTION_SPACES[actions]
+
+    def _observe(self, action: int) -> np.ndarray:
+        frame = np.zeros((8, 8, 3), np.uint8)
+        frame[0], frame[1], frame[2:] = self.t, action, self.number
+        return frame
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.t, self.number, self.length = 0, int(self.np_random.integers(256)), int(self.np_random.integers(1, 12))
+        return self._observe(0), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        mark = fingerprint(action)
+        return self._observe(mark), self.t + mark / 1000, self.t == self.length and self.length % 2 == 0, self.t == self.length, {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    for name in ACTION_SPACES:
+        gym.register(f"Counter{name}-v0", Counter, kwargs={"actions": name})
+    yield
+    for name in ACTION_SPACES:
+        del gym.registry[f"Counter{name}-v0"]
+
+
+def config(out: Path, **changes: Any) -> CollectConfig:
+    small = CollectConfig(env="CounterDiscrete-v0", out=out, frames=150, size=8, frame_skip=1, frames_per_write=40)
+    return replace(small, **changes)
+
+
+def rows_of(actions: Any, rows: Any) -> Any:
+    if isinstance(actions, dict):
+        return {key: rows_of(value, rows) for key, value in actions.items()}
+    if isinstance(actions, tuple):
+        return tuple(rows_of(value, rows) for value in actions)
+    return actions[rows]
+
+
+def assert_same(a: Episodes, b: Episodes) -> None:
+    for name in ("frames", "actions", "rewards", "terminations", "repeated", "starts"):
+        np.testing.assert_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+def made(lengths: list[int], *, terminated: bool = True) -> Episodes:
+    """Episodes of given numbers of frames; frame contents number the rows, and every last screen is a repeated one."""
+    n, ends = sum(lengths), np.cumsum(lengths)
+    frames = np.arange(n).astype(np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    last = np.isin(np.arange(n), ends - 1)
+    actions = np.where(last, 0, np.arange(n) % 7 + 1)
+    space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
+    return Episodes(
+        frames, actions, np.arange(n, dtype=np.float32), last & terminated, last, ends - np.array(lengths), space, spaces.Discrete(8)
+    )
+
+
+# Recording
+
+
+@pytest.mark.parametrize("actions", ACTION_SPACES)
+def test_everything_is_aligned_to_its_frame(tmp_path: Path, actions: str) -> None:
+    path = collect(config(tmp_path / "d", env=f"Counter{actions}-v0"))
+    data = load_episodes(path)
+    assert len(data.frames) >= 150 and data.lengths.sum() == len(data.frames)
+    assert len(set(data.lengths)) > 3 and data.terminations.any(), "a telling recording"
+    for start, end in zip(data.starts, data.ends, strict=True):
+        marks = [fingerprint(rows_of(data.actions, row)) for row in range(start, end)]
+        assert data.frames[start:end, 0, 0, 0].tolist() == list(range(end - start))
+        assert data.frames[start:end, 1, 0, 0].tolist() == [0, *marks[:-1]], "a frame shows the action before it"
+        np.testing.assert_allclose(data.rewards[start:end], [0] + [t + mark / 1000 for t, mark in enumerate(marks[:-1], 1)])
+        assert marks[-1] == 0, "no action is taken at the last frame"
+        even = (end - start - 1) % 2 == 0
+        assert data.terminations[start:end].tolist() == [False] * (end - start - 1) + [even]
+
+
+def test_minari_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = collect(config(tmp_path / "counter"))
+    shutil.copytree(path, tmp_path / "root" / "sfv-world" / "counter-v0" / "data")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "root"))
+    data = load_episodes(path)
+    for dataset in (minari.MinariDataset(path), minari.load_dataset("sfv-world/counter-v0")):
+        assert dataset.total_episodes == len(data) and dataset.total_steps == len(data.frames) - len(data)
+        for k, episode in enumerate(dataset):
+            assert episode.id == k
+            assert np.array_equal(episode.observations, data.frames[data.starts[k] : data.ends[k]])
+        assert dataset.action_space == data.action_space == spaces.Discrete(5)
+        assert next(iter(dataset.storage.get_episode_metadata([1])))["id"] == 1
+    metadata = json.loads((path / "metadata.json").read_text())
+    assert metadata["recipe"] == data.metadata["recipe"] == {
+        "env": "CounterDiscrete-v0", "size": 8, "frame_skip": 1, "policy": "random", "hold": [1, 8], "seed": 0,
+        "max_episode_steps": None, "version": collecting.RECIPE_VERSION,
+    }  # fmt: skip
+
+
+def test_minari_recovers_the_environment(tmp_path: Path) -> None:
+    path = collect(config(tmp_path / "d", env="CartPole-v1", size=16, frame_skip=2, frames=10))
+    env = minari.MinariDataset(path).recover_environment()
+    assert env.observation_space == spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    metadata = next(iter(MinariStorage.read(path).get_episode_metadata([0])))
+    assert np.array_equal(env.reset(seed=metadata["seed"])[0], load_episodes(path).frames[0])
+    assert load_episodes(path).fps == 25, "50 a second, two steps a frame"
+
+
+def test_continuing_is_the_same_as_not_stopping(tmp_path: Path) -> None:
+    for frames in (1, 60, 60, 150):
+        collect(config(tmp_path / "stopped", frames=frames))
+    collect(config(tmp_path / "straight"))
+    assert_same(load_episodes(tmp_path / "stopped"), load_episodes(tmp_path / "straight"))
+
+
+def test_complete_recording_is_left_alone(tmp_path: Path) -> None:
+    path = collect(config(tmp_path / "d"))
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    collect(config(path))
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_seed_changes_the_recording(tmp_path: Path) -> None:
+    a, b = (load_episodes(collect(config(tmp_path / str(seed), seed=seed))) for seed in (0, 1))
+    assert not np.array_equal(a.frames[:100], b.frames[:100])
+
+
+def test_episodes_can_be_truncated(tmp_path: Path) -> None:
+    data = load_episodes(collect(config(tmp_path / "d", max_episode_steps=4)))
+    assert data.lengths.max() == 5
+    assert not data.terminations[data.ends - 1][data.lengths == 5].all()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_stopping_between_any_two_file_operations_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts a write's file operations, then stops a write before each of them, and continues."""
+    straight = load_episodes(collect(config(tmp_path / "straight", frames=80, frames_per_write=25)))
+    allowed, done = 10**9, 0
+
+    def counted(function: Any) -> Any:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > allowed:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return operation
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (Path, "replace"), (Path, "rename"), (Path, "mkdir"), (Path, "write_text"), (Path, "touch"), (shutil, "copy"),
+            (shutil, "rmtree"), (h5py.Group, "create_dataset"), (h5py.Group, "__setitem__"), (h5py.Group, "__delitem__"),
+        ):  # fmt: skip
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        out = tmp_path / "stopped"
+        previous = -1
+        for allowed in range(10**6):
+            done = 0
+            try:
+                collect(config(out, frames=80, frames_per_write=25))
+                break
+            except Killed:
+                if (out / "metadata.json").exists():
+                    done = -(10**9)
+                    episodes = minari.MinariDataset(out).total_episodes
+                    assert episodes >= previous
+                    previous = episodes
+                    if episodes:
+                        part = load_episodes(out)
+                        assert_same(part, straight.select(np.arange(len(part))))
+    assert allowed > 20
+    assert_same(load_episodes(out), straight)
+    assert not list(out.glob(".*")) and not list(tmp_path.glob(".*")), "nothing is left behind"
+
+
+def test_killed_recording_is_readable_and_continues(tmp_path: Path) -> None:
+    """Kills real recordings while they write all the time."""
+    script = (
+        "import sys; from pathlib import Path; from sfv_world.data.collect import *; "
+        "collect(CollectConfig(env='CartPole-v1', out=Path(sys.argv[1]), frames=10**7, size=16, frame_skip=1, frames_per_write=1))"
+    )
+    out = tmp_path / "d"
+    delay = random.Random(0)
+    episodes = 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(out)], stderr=subprocess.DEVNULL, cwd=Path(__file__).parent.parent
+        )
+        while not out.exists() or MinariStorage.read_raw_metadata(out)["total_episodes"] < episodes + 3:
+            assert process.poll() is None, "the recording ended by itself"
+            time.sleep(0.01)
+        time.sleep(delay.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        dataset = minari.MinariDataset(out)
+        assert len(dataset) >= episodes + 3
+        assert all(len(episode.observations) == len(episode) + 1 for episode in dataset)
+        episodes = len(dataset)
+    killed = load_episodes(out)
+    straight = CollectConfig(
+        env="CartPole-v1", out=tmp_path / "straight", frames=len(killed.frames), size=16, frame_skip=1
+    )
+    assert_same(killed, load_episodes(collect(straight)))
+
+
+def test_doom_is_recorded(tmp_path: Path) -> None:
+    pytest.importorskip("vizdoom")
+    data = load_episodes(collect(config(tmp_path / "d", env="doom-basic", frames=100, size=32, frame_skip=4)))
+    assert data.frames.shape[1:] == (32, 32, 3) and data.fps == 35 / 4
+    assert np.flatnonzero(data.repeated).tolist() == (data.ends - 1).tolist()
+    assert np.array_equal(data.frames[data.ends - 1], data.frames[data.ends - 2])
+
+
+def test_recording_says_what_is_wrong(tmp_path: Path) -> None:
+    path = collect(config(tmp_path / "d", frames=10))
+    with pytest.raises(ValueError, match="another configuration.*seed: expected 0, got 1.*another folder"):
+        collect(config(path, seed=1))
+    with pytest.raises(ValueError, match="holds other files"):
+        collect(config(tmp_path))
+    with pytest.raises(ValueError, match="frames_per_write"):
+        collect(config(tmp_path / "e", frames_per_write=0))
+    assert not (tmp_path / "e").exists()
+
+
+# Reading
+
+
+@pytest.mark.parametrize("shape", [(32, 40, 3), (32, 40, 1), (32, 40)])
+@pytest.mark.parametrize("key", ["", "image"])
+@pytest.mark.filterwarnings("ignore")
+def test_other_minari_datasets_are_read(tmp_path: Path, shape: tuple[int, ...], key: str) -> None:
+    image = spaces.Box(0, 255, shape, np.uint8)
+    space = spaces.Dict({key: image, "speed": spaces.Box(0, 1, (2,))}) if key else image
+    storage = MinariStorage.new(tmp_path / "d", space, spaces.Discrete(2), jpeg_encoding=False)
+    images = np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
+    observations = {key: images, "speed": np.zeros((4, 2), np.float32)} if key else images
+    ends = np.array([False, False, True])
+    storage.update_episodes([
+        EpisodeBuffer(observations=observations, actions=np.array([1, 0, 1]), rewards=np.ones(3), terminations=ends, truncations=~ends)
+    ])  # fmt: skip
+    data = load_episodes(tmp_path / "d")
+    assert np.array_equal(data.frames, np.broadcast_to(images.reshape(4, 32, 40, -1), (4, 32, 40, 3)))
+    assert data.actions.tolist() == [1, 0, 1, 0] and not data.repeated.any() and data.fps is None
+
+
+def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected the folder of a Minari dataset.*sfv-world collect"):
+        load_episodes(tmp_path / "missing")
+    MinariStorage.new(tmp_path / "vectors", spaces.Box(-1, 1, (4,)), spaces.Discrete(2))
+    with pytest.raises(ValueError, match=r"expected image observations.*Box\(-1"):
+        load_episodes(tmp_path / "vectors")
+    collect(config(tmp_path / "empty", frames=0))
+    with pytest.raises(ValueError, match="at least one episode, got none"):
+        load_episodes(tmp_path / "empty")
+
+
+def test_split_divides_whole_episodes() -> None:
+    data = made([3, 5, 2, 7, 4, 6, 1, 8, 2, 9])
+    train, held_out = data.split(0.3, seed=1)
+    assert (len(train), len(held_out)) == (7, 3)
+    rows = np.concatenate([train.rewards, held_out.rewards])
+    assert sorted(rows) == list(range(len(data.frames))), "every frame is on one side, once"
+    for part in (train, held_out):
+        for start, end in zip(part.starts, part.ends, strict=True):
+            row = int(part.rewards[start])
+            assert row in data.starts and part.rewards[start:end].tolist() == list(range(row, row + end - start))
+            assert np.array_equal(part.frames[start:end], data.frames[row : row + end - start])
+            assert np.array_equal(part.actions[start:end], data.actions[row : row + end - start])
+            assert part.repeated[end - 1] and part.terminations[end - 1]
+    assert_same(train, data.split(0.3, seed=1)[0])
+    assert [len(part) for part in data.split(0.001)] == [9, 1] and [len(part) for part in data.split(0.999)] == [1, 9]
+    for fraction, episodes in ((0.0, data), (1.0, data), (0.5, made([4]))):
+        with pytest.raises(ValueError, match="fraction|at least 2"):
+            episodes.split(fraction)
+
+
+# Clips
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 20])
+@pytest.mark.parametrize("terminated", [True, False])
+def test_clips_are_pieces_of_episodes(length: int, terminated: bool) -> None:
+    """Every clip there is, against the definition written out."""
+    data = made([3, 1, 6, 2], terminated=terminated)
+    every = ClipSampler(data, length, 1).clips(np.arange(len(data.frames)))
+    assert every.frames.shape == (12, length, 8, 8, 3) and every.actions.shape == (12, length - 1)
+    for start in range(len(data.frames)):
+        last = int(data.ends[data.ends > start][0]) - 1
+        for t in range(length):
+            row, inside = min(start + t, last), start + t <= last
+            assert every.frames[start, t, 0, 0, 0] == row
+            assert every.valid[start, t] == inside
+            assert every.rewards[start, t] == (row if inside else 0)
+            assert every.terminations[start, t] == (inside and row == last and terminated)
+            assert every.terminal[start, t] == (inside and row == last)
+            if t + 1 < length:
+                assert every.actions[start, t] == (data.actions[row] if start + t < last else 0)
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    data = made([30, 40, 50])
+    a, b, other = (ClipSampler(data, 5, 8, seed) for seed in (0, 0, 1))
+    steps = [a.batch(step) for step in range(5)]
+    for step in (3, 0, 4):
+        np.testing.assert_equal(vars(b.batch(step)), vars(steps[step]))
+    assert not np.array_equal(steps[0].rewards, steps[1].rewards)
+    assert not np.array_equal(steps[0].rewards, other.batch(0).rewards)
+
+
+def test_ends_are_drawn_as_often_as_middles() -> None:
+    """A clip may start anywhere, so each frame is drawn once for every place in a clip it can have."""
+    data = made([40, 40])
+    sampler = ClipSampler(data, 8, 4000, seed=0)
+    every = sampler.clips(np.arange(80))
+    drawn = np.bincount(every.rewards[every.valid].astype(int), minlength=80)
+    assert (drawn[data.starts] == 1).all() and (drawn[data.ends - 1] == 8).all()
+    assert set(drawn[7:40]) == {8}
+    starts = np.bincount(sampler.batch(0).rewards[:, 0].astype(int), minlength=80)
+    assert 0.5 < starts.min() / 50 and starts.max() / 50 < 1.6, "starts are uniform"
+
+
+def test_clips_of_nested_actions(tmp_path: Path) -> None:
+    data = load_episodes(collect(config(tmp_path / "d", env="CounterTree-v0")))
+    clips: Clips = ClipSampler(data, 4, 6, seed=0).batch(0)
+    assert clips.actions["keys"].shape == (6, 3, 2)
+    assert clips.actions["mouse"][0].shape == (6, 3, 2) and clips.actions["mouse"][1].shape == (6, 3)
+    for b, t in np.argwhere(clips.valid[:, 1:]):
+        assert clips.frames[b, t + 1, 1, 0, 0] == fingerprint(rows_of(clips.actions, (b, t)))
+
+
+def test_sampler_says_what_is_wrong() -> None:
+    for name in ("clip_length", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            ClipSampler(made([3]), **{"clip_length": 2, "batch_size": 2, name: 0})
