@@ -1,7 +1,7 @@
 """Policies that need no world model: held random actions, and agents saved by Stable-Baselines3.
 
-A policy is called with an observation and returns an action; `reset` is called once before each episode. Data collection
-and evaluation know nothing else of it.
+A policy is called with an observation and returns an action; `reset` is called once before each episode. Data
+collection and evaluation know nothing else of it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What collection and evaluation ask of whoever acts."""
 
@@ -28,8 +29,8 @@ class Policy(Protocol):
 class HeldRandomPolicy:
     """Draws a random action and holds it for a random number of steps.
 
-    Actions drawn anew at every step cancel each other out and an agent stays where it is; held ones go places, so the data
-    shows more of the world.
+    Actions drawn anew at every step cancel each other out and an agent stays where it is; held ones go places, so the
+    data shows more of the world.
 
     Args:
         action_space: where actions are drawn from; the policy works on a copy with a generator of its own.
@@ -73,8 +74,8 @@ class AgentPolicy:
 
     Args:
         agent: anything with Stable-Baselines3's `predict`.
-        deterministic: take the most likely action instead of sampling. Samples come from torch's global generator, which
-            `reset` leaves alone: seeds of this policy do not repeat an episode.
+        deterministic: take the most likely action instead of sampling. Samples come from torch's global generator,
+            which `reset` leaves alone: seeds of this policy do not repeat an episode.
     """
 
     def __init__(self, agent: Any, *, deterministic: bool = False):
@@ -105,9 +106,9 @@ def load_policy(
     """Loads a policy for an environment.
 
     Args:
-        path_or_name: "random", or the path of an agent saved by Stable-Baselines3 (.zip). Its algorithm is taken from the
-            file name where that names one ("doom-ppo.zip"); otherwise all of PPO, A2C, DQN, SAC and TD3 are tried.
-        env: the environment it will act in; the agent's spaces must be the same, up to Stable-Baselines3's transposition of images.
+        path_or_name: "random", or the path of an agent saved by Stable-Baselines3 (.zip). Its algorithm is taken from
+            the file name where that names one ("doom-ppo.zip"); otherwise all of PPO, A2C, DQN, SAC and TD3 are tried.
+        env: the environment it will act in; the agent must have been trained with the same spaces.
         hold: least and greatest number of steps a random action is held.
         seed: seed of the random policy.
         deterministic: whether a saved agent takes its most likely action instead of sampling.
@@ -143,7 +144,8 @@ def _load_agent(path: Path, env: gym.Env[Any, Any]) -> Any:
         except Exception as error:  # a file of another algorithm fails in whatever way its contents happen to
             reasons.append(f"{name}: {type(error).__name__}: {error}")
     raise ValueError(
-        f"policy: expected an agent of {' or '.join(named or ALGORITHMS)} with observation space {env.observation_space} and action space "
-        f"{env.action_space}, got {str(path)!r}, which does not load as one ({'; '.join(reasons)}). "
+        f"policy: expected an agent of {' or '.join(named or ALGORITHMS)} with observation space "
+        f"{env.observation_space} and action space {env.action_space}, got {str(path)!r}, which does not load as one "
+        f"({'; '.join(reasons)}). "
         "Put the algorithm's name into the file name, and use the environment and frame size it was trained with."
     )

@@ -1,8 +1,8 @@
 """Real environments as square RGB frames: where data comes from, and where agents are finally judged.
 
-Everything downstream (collection, training, agents) sees one kind of observation: (size, size, 3) uint8 frames. This module
-turns an environment into that with Gymnasium's own wrappers; only Doom needs one of ours, because its game has no
-screen left once an episode is over.
+Everything downstream (collection, training, agents) sees one kind of observation: (size, size, 3) uint8 frames. This
+module turns an environment into that with Gymnasium's own wrappers; only Doom needs one of ours, because its game has
+no screen left once an episode is over.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import AddRenderObservation, RepeatAction, ResizeObservation, TransformObservation
 
-REPEATED_SCREEN = "repeated_screen"
-"""Key in `info`: this observation is the previous screen again, because the game had none to show."""
-
-IMAGE_KEYS = ("screen", "image", "pixels")
-"""Keys under which a `Dict` observation may hold its image, in order of preference."""
+from sfv_world.data.images import REPEATED_SCREEN, image_key
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,10 @@ RECIPES = {
 class LastScreen(gym.Wrapper[np.ndarray, Any, np.ndarray, Any], gym.utils.RecordConstructorArgs):
     """Shows a Doom game's last real screen again where the game has none.
 
-    ViZDoom has no state after an episode's last action and returns a black screen there. This wrapper returns the screen
-    before it once more and says so in `info["repeated_screen"]`, so that a model is never asked to predict a black frame that no
-    game ever showed. ViZDoom also reports a timeout as both terminated and truncated; here it is truncated only.
+    ViZDoom has no state after an episode's last action and returns a black screen there. This wrapper returns the
+    screen before it once more and says so in `info["repeated_screen"]`, so that a model is never asked to predict a
+    black frame that no game ever showed. ViZDoom also reports a timeout as both terminated and truncated; here it is
+    truncated only.
     """
 
     def __init__(self, env: gym.Env[np.ndarray, Any]):
@@ -78,15 +75,16 @@ def make_real(
 ) -> gym.Env[np.ndarray, Any]:
     """Makes a real environment whose observations are (size, size, 3) uint8 frames.
 
-    The image is the observation itself, or its entry "screen", "image" or "pixels"; an environment without one is rendered
-    (`rgb_array`). Gray images become RGB, and every image is resized by area (`cv2.INTER_AREA`), whatever its aspect.
+    The image is the observation itself, or its entry "screen", "image" or "pixels"; an environment without one is
+    rendered (`rgb_array`). Gray images become RGB, and every image is resized by area (`cv2.INTER_AREA`), whatever its
+    aspect.
 
     At the end of a Doom episode the game has no screen: the last real screen is returned again, marked by
     `info["repeated_screen"]`. See `LastScreen`.
 
     Args:
-        env_id: a recipe ("doom-basic", "doom-takecover") or the id of any installed Gymnasium environment; ids of packages
-            that must be imported first are written "package:Id-v0".
+        env_id: a recipe ("doom-basic", "doom-takecover") or the id of any installed Gymnasium environment; ids of
+            packages that must be imported first are written "package:Id-v0".
         size: height and width of the frames, in pixels.
         frame_skip: game steps each action is held for; their rewards are summed. Doom runs at 35 steps a second.
         seed: seeds the first `reset` and the action space.
@@ -117,7 +115,7 @@ def make_real(
             env.close()
             if render_mode not in (None, "rgb_array"):
                 raise ValueError(
-                    f"render_mode of {env_id!r}: expected 'rgb_array', because its frames are rendered, got {render_mode!r}."
+                    f"render_mode of {env_id!r}: expected 'rgb_array', as frames are rendered, got {render_mode!r}."
                 )
             env = _rendered(env_id, recipe)
         if frame_skip > 1:
@@ -136,23 +134,6 @@ def make_real(
     return env
 
 
-def image_key(space: gym.Space[Any]) -> str | None:
-    """Says where an observation space holds its image: "" for the space itself, a key of a `Dict`, or None for nowhere.
-
-    An image is a uint8 `Box` over [0, 255] of shape (H, W), (H, W, 1) or (H, W, 3), at least 8 pixels a side.
-    """
-    if isinstance(space, spaces.Dict):
-        return next((key for key in IMAGE_KEYS if key in space.spaces and image_key(space[key]) == ""), None)
-    is_image = (
-        isinstance(space, spaces.Box)
-        and space.dtype == np.uint8
-        and (len(space.shape) == 2 or (len(space.shape) == 3 and space.shape[2] in (1, 3)))
-        and min(space.shape[:2]) >= 8
-        and bool((space.low == 0).all() and (space.high == 255).all())
-    )
-    return "" if is_image else None
-
-
 def _image(env: gym.Env[Any, Any]) -> gym.Env[np.ndarray, Any]:
     """Reduces the observation to its image."""
     key = image_key(env.observation_space)
@@ -167,8 +148,9 @@ def _make(env_id: str, recipe: Recipe, **kwargs: Any) -> gym.Env[Any, Any]:
         return gym.make(recipe.env_id, **recipe.kwargs, **kwargs)
     except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         raise ValueError(
-            f"env_id: expected one of {', '.join(RECIPES)} or the id of an installed Gymnasium environment, got {env_id!r} "
-            f"({error}). Install the package that has it, and name it as 'package:Id-v0' if it does not register itself."
+            f"env_id: expected one of {', '.join(RECIPES)} or the id of an installed Gymnasium environment, "
+            f"got {env_id!r} ({error}). Install the package that has it, and write 'package:Id-v0' if it does not "
+            "register itself."
         ) from error
 
 
@@ -177,8 +159,9 @@ def _rendered(env_id: str, recipe: Recipe) -> gym.Env[Any, Any]:
     modes = env.metadata.get("render_modes") or []
     if "rgb_array" not in modes:
         raise ValueError(
-            f"env_id: expected an environment with a uint8 image observation or the render mode 'rgb_array', got {env_id!r} with "
-            f"observation space {env.observation_space} and render modes {list(modes)}. Wrap it so that it has an image."
+            "env_id: expected an environment with a uint8 image observation or the render mode 'rgb_array', "
+            f"got {env_id!r} with observation space {env.observation_space} and render modes {list(modes)}. "
+            "Wrap it so that it has an image."
         )
     env.close()
     return _make(env_id, recipe, render_mode="rgb_array")
@@ -189,5 +172,6 @@ def _register_doom(env_id: str) -> None:
         import vizdoom.gymnasium_wrapper  # noqa: F401  (importing registers the ids)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"env_id {env_id!r}: expected the package vizdoom, which is not installed. Run `pip install sfv-world[doom]`."
+            f"env_id {env_id!r}: expected the package vizdoom, which is not installed. "
+            "Run `pip install sfv-world[doom]`."
         ) from error

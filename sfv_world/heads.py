@@ -27,21 +27,27 @@ def two_hot(x: Float[Tensor, "*b"], bins: Float[Tensor, "k"]) -> Float[Tensor, "
 
 
 class Outcome(NamedTuple):
-    """What the heads say came with a frame."""
+    """What the heads say came with a frame: p(termination) p(reward | termination)."""
 
-    reward_logits: Float[Tensor, "*b k"]
+    reward_logits: Float[Tensor, "*b 2 k"]
+    """Of the reward's bins, given that the episode goes on (0) or ended (1)."""
     termination_logit: Float[Tensor, "*b"]
+
+    @property
+    def termination_probability(self) -> Float[Tensor, "*b"]:
+        """Probability that the episode ended with the frame."""
+        return self.termination_logit.sigmoid()
 
 
 class OutcomeHeads(nn.Module):
-    """Pools a frame's slots by learned queries and predicts its reward and whether the episode ended with it."""
+    """Pools a frame's slots by learned queries and predicts whether the episode ended with it, and its reward."""
 
     bins: Tensor
 
     def __init__(self, width: int, queries: int = 4, hidden: int = 128):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, width) / width**0.5)
-        self.mlp = nn.Sequential(nn.Linear((queries + 1) * width, hidden), nn.SiLU(), nn.Linear(hidden, BINS + 1))
+        self.mlp = nn.Sequential(nn.Linear((queries + 1) * width, hidden), nn.SiLU(), nn.Linear(hidden, 2 * BINS + 1))
         symlog = torch.linspace(-SYMLOG_LIMIT, SYMLOG_LIMIT, BINS)
         self.register_buffer("bins", symlog.sign() * symlog.abs().expm1(), persistent=False)
         nn.init.zeros_(self.mlp[-1].weight)
@@ -52,18 +58,18 @@ class OutcomeHeads(nn.Module):
         weights = (features @ self.queries.T).softmax(dim=-2)
         pooled = rearrange(weights.mT @ features, "... q w -> ... (q w)")
         output = self.mlp(torch.cat([pooled, features.mean(-2)], dim=-1)).float()
-        return Outcome(output[..., :-1], output[..., -1])
+        return Outcome(rearrange(output[..., 1:], "... (two k) -> ... two k", two=2), output[..., 0])
 
-    def reward(self, outcome: Outcome) -> Float[Tensor, "*b"]:
-        """Expected reward, in the environment's own unit."""
+    def rewards(self, outcome: Outcome) -> Float[Tensor, "*b 2"]:
+        """Expected reward if the episode goes on (0) and if it ended (1), in the environment's own unit."""
         return (outcome.reward_logits.softmax(-1) * self.bins).sum(-1)
 
     def loss(
         self, outcome: Outcome, rewards: Float[Tensor, "*b"], terminations: Bool[Tensor, "*b"]
     ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
-        """Cross-entropies (reward, termination) of every frame, in nats."""
-        target = two_hot(rewards, self.bins)
-        reward = -(target * outcome.reward_logits.log_softmax(-1)).sum(-1)
+        """Cross-entropies (reward given termination, termination) of every frame, in nats."""
+        logits = torch.where(terminations[..., None], outcome.reward_logits[..., 1, :], outcome.reward_logits[..., 0, :])
+        reward = -(two_hot(rewards, self.bins) * logits.log_softmax(-1)).sum(-1)
         termination = F.binary_cross_entropy_with_logits(
             outcome.termination_logit, terminations.float(), reduction="none"
         )

@@ -9,7 +9,8 @@ import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
-from sfv_world.envs.real import REPEATED_SCREEN, image_key, make_real
+from sfv_world.data.images import REPEATED_SCREEN, image_key
+from sfv_world.envs.real import make_real
 
 NOOP, ATTACK, RIGHT, LEFT = range(4)  # of doom-basic
 
@@ -108,14 +109,18 @@ def test_images_are_found_and_become_rgb(key: str, shape: tuple[int, ...]) -> No
         env = make_real("Shaped-v0", size=16)
         frame, _ = env.reset(seed=0)
         assert frame in env.observation_space and frame.shape == (16, 16, 3)
-        assert np.array_equal(frame, cv2.resize(env.unwrapped.shown, (16, 16), interpolation=cv2.INTER_AREA).reshape(
-            16, 16, -1) * np.ones(3, np.uint8))
+        resized = cv2.resize(env.unwrapped.shown, (16, 16), interpolation=cv2.INTER_AREA)
+        assert np.array_equal(frame, np.broadcast_to(resized.reshape(16, 16, -1), frame.shape))
     finally:
         del gym.registry["Shaped-v0"]
 
 
 def test_vectors_and_tiny_boxes_are_no_images() -> None:
-    for space in (spaces.Discrete(3), spaces.Box(0, 255, (64, 64, 3), np.float32), spaces.Box(0, 255, (4, 4, 3), np.uint8)):
+    for space in (
+        spaces.Discrete(3),
+        spaces.Box(0, 255, (64, 64, 3), np.float32),
+        spaces.Box(0, 255, (4, 4, 3), np.uint8),
+    ):
         assert image_key(space) is None
         assert image_key(spaces.Dict(image=space)) is None
 

@@ -71,6 +71,13 @@ class Encoding(NamedTuple):
         return standard_normal_log_prob(self.noise) + self.log_det
 
 
+class Stage(NamedTuple):
+    """What one affine map of the flow did to one frame: the tokens it read, in its own direction, and its fields."""
+
+    tokens: Float[Tensor, "n l c"]
+    fields: Fields
+
+
 class ShallowFlow(nn.Module):
     """Affine autoregressive blocks within one frame, in alternating directions, the first one reversed."""
 
@@ -94,22 +101,17 @@ class ShallowFlow(nn.Module):
 
     def forward(
         self, tokens: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
-    ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l"]]:
-        """tokens -> (latents, log|det| by token), for frames that know nothing of each other."""
-        total = tokens.new_zeros(tokens.shape[:-1])
-        for index in range(len(self.blocks)):
+    ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l"], list[Stage]]:
+        """tokens -> (latents, log|det| by token, what each block saw), for frames that know nothing of each other."""
+        total, stages = tokens.new_zeros(tokens.shape[:-1]), []
+        for index, block in enumerate(self.blocks):
             x, c = self.orient(index, tokens), None if condition is None else self.orient(index, condition)
-            z, log_det = self.fields(index, x, c).normalise(x)
-            tokens, log_det = self.orient(index, z), self.orient(index, log_det[..., None])[..., 0]
-            total = total + log_det
-        return tokens, total
-
-    def fields(self, index: int, x: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None) -> Fields:
-        """Block `index`'s fields for oriented tokens `x` (one pass, no sampling)."""
-        block = self.blocks[index]
-        x, condition = x[:, None], None if condition is None else condition[:, None]
-        fields = block.fields(block.features(block.shift(x), condition=condition))
-        return Fields(fields.mu[:, 0], fields.sigma[:, 0])
+            features = block.features(block.shift(x[:, None]), condition=None if c is None else c[:, None])
+            fields = block.fields(features[:, 0])
+            z, log_det = fields.normalise(x)
+            stages.append(Stage(x, fields))
+            tokens, total = self.orient(index, z), total + self.orient(index, log_det[..., None])[..., 0]
+        return tokens, total, stages
 
 
 class VideoFlow(nn.Module):
@@ -144,10 +146,10 @@ class VideoFlow(nn.Module):
         flat = rearrange(tokens, "b t l c -> (b t) l c")
         if self.config.kind == "frame-parallel":
             features = self.deep.features(self.deep.shift(tokens), controls, cache=cache)
-            latents, log_det = self.shallow(flat, rearrange(features, "b t l w -> (b t) l w"))
+            latents, log_det, _ = self.shallow(flat, rearrange(features, "b t l w -> (b t) l w"))
             latents = rearrange(latents, "(b t) l c -> b t l c", t=frames)
         else:
-            latents, log_det = self.shallow(flat)
+            latents, log_det, _ = self.shallow(flat)
             latents = rearrange(latents, "(b t) l c -> b t l c", t=frames)
             features = self.deep.features(self.deep.shift(latents), controls, cache=cache)
         fields = self.deep.fields(features)

@@ -1,0 +1,106 @@
+"""Checkpoints: a folder with `config.json` and safetensors, never a pickle.
+
+Every file is written beside its place and moved there when complete, so a full disk or a killed process leaves what
+was there before.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from minari.serialization import deserialize_space, serialize_space
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sfv_world.model import ModelConfig, WorldModel
+
+FORMAT = 1
+CONFIG, MODEL, STARTS = "config.json", "model.safetensors", "starts.safetensors"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to beside `path`, moved there if nothing went wrong and removed if something did."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    with replacing(path) as beside:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, beside, dict(metadata or {}))
+
+
+def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: its tensors and its metadata.
+
+    Raises:
+        ValueError: if there is no such file or it is not a complete safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a safetensors file, found none.") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a complete safetensors file, got one that cannot be read ({error}). "
+            "It may be cut off or of another format; pickled checkpoints are never read. Copy or download it again."
+        ) from error
+
+
+def save_model(folder: Path, model: WorldModel, about: Mapping[str, Any] | None = None) -> None:
+    """Writes a model's weights and configuration; `about` is kept in the configuration for people to read."""
+    config = {
+        "format": FORMAT,
+        "model": TypeAdapter(ModelConfig).dump_python(model.config, mode="json"),
+        "action_space": json.loads(serialize_space(model.action_space)),
+        "about": dict(about or {}),
+    }
+    save_tensors(folder / MODEL, model.state_dict())
+    with replacing(folder / CONFIG) as beside:
+        beside.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldModel, dict[str, Any]]:
+    """Reads a model and what its configuration says about it.
+
+    Raises:
+        ValueError: if the folder holds no world of this format, or its weights do not fit its configuration.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            found = config.get("format") if isinstance(config, dict) else type(config).__name__
+            raise ValueError(f"{path}: expected a world of format {FORMAT}, got {found!r}. Train or convert it again.")
+        model_config = TypeAdapter(ModelConfig).validate_python(config["model"])
+        action_space = deserialize_space(json.dumps(config["action_space"]))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder}: expected a world's folder, with {CONFIG} and {MODEL}; found no {CONFIG}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, AssertionError) as error:
+        raise ValueError(f"{path}: expected a world's configuration, got one that cannot be read ({error}).") from error
+    tensors, _ = load_tensors(folder / MODEL, device)
+    with torch.device("meta"):
+        model = WorldModel(model_config, action_space)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        some = ", ".join(f"{name}: expected {expected.get(name)}, got {found.get(name)}" for name in wrong[:3])
+        raise ValueError(f"{folder / MODEL}: {len(wrong)} tensors do not fit {path.name} ({some}).")
+    model = WorldModel(model_config, action_space).to(device)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return model.eval(), config["about"]

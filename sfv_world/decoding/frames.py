@@ -1,0 +1,179 @@
+"""Frame by frame: the flow as a stream, imagining the next frame or reading an observed one.
+
+The state between frames is the deep flow's cache and what each affine map did to the last frame. Reading (`read_frame`) and
+imagining (`imagine_frame`) advance it in the same way; a parallel pass over a video (`read_video`) ends in the same state.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sfv_world.decoding.solver import DecodingConfig, draft_tokens, solve
+from sfv_world.flow.affine import Fields, standard_normal_log_prob
+from sfv_world.flow.cache import FrameCache
+from sfv_world.flow.model import Encoding, Stage, VideoFlow
+
+DEEP_SHARE = 0.5
+"""Tolerance of the autoregressive deep flow, in units of the frame's."""
+SHALLOW_SHARE = 1e-2
+"""Tolerance of the shallow blocks, in units of the frame's: their errors are amplified by the maps that follow."""
+
+
+@dataclass
+class StreamState:
+    """All that the next frame depends on. `imagine_frame` and `read_frame` use it up: copy rows first to keep it."""
+
+    cache: FrameCache
+    """The deep flow's keys and values of the last W frames."""
+    deep: Stage
+    """Last frame's latents and the deep flow's fields for them."""
+    shallow: list[Stage]
+    """Last frame's tokens and fields in each shallow block."""
+
+    @property
+    def tokens(self) -> Float[Tensor, "b l c"]:
+        """Last frame's noised tokens."""
+        return self.shallow[0].tokens.flip(-2)
+
+    def rows(self, rows: Int[Tensor, "n"]) -> "StreamState":
+        """A copy of the given rows (selected, repeated, reordered)."""
+        return StreamState(self.cache.rows(rows), _stage_rows(self.deep, rows), [_stage_rows(s, rows) for s in self.shallow])
+
+
+class FrameReport(NamedTuple):
+    """What is known of a frame once it is decoded or read."""
+
+    log_prob: Float[Tensor, "b l"]
+    """log p of every token given all before it, in nats."""
+    noise: Float[Tensor, "b l c"]
+    """Its exact noise."""
+    features: Float[Tensor, "b l w"]
+    """The deep flow's features of its slots."""
+    sweeps: Int[Tensor, "b"]
+    """Passes of the deep flow spent on it."""
+    shallow_sweeps: Int[Tensor, "b"]
+    """Passes of shallow blocks spent on it, all blocks together, the final check included."""
+    certificate: Float[Tensor, "b"]
+    """max|z' - z| between its exact noise and the noise asked for; 0 for a frame that was read."""
+
+
+def read_video(
+    flow: VideoFlow, tokens: Float[Tensor, "b t l c"], controls: Float[Tensor, "b t k d"] | None, clock: int = 0
+) -> tuple[StreamState, Encoding]:
+    """Reads videos that begin here in one parallel pass.
+
+    Args:
+        flow: the flow.
+        tokens: noised tokens.
+        controls: control tokens of what led to each frame.
+        clock: number of the frame that comes next; by default, the number of frames read.
+    """
+    frames = tokens.shape[1]
+    cache = flow.deep.new_cache(len(tokens), max(clock, frames))
+    encoding = flow(tokens, controls, cache)
+    for back in range(1, min(frames, cache.window) + 1):
+        cache.visible[:, (cache.clock - back) % cache.window] = True
+    condition = encoding.features[:, -1] if flow.config.kind == "frame-parallel" else None
+    _, _, shallow = flow.shallow(tokens[:, -1], condition)
+    fields = Fields(encoding.fields.mu[:, -1], encoding.fields.sigma[:, -1])
+    return StreamState(cache, Stage(encoding.latents[:, -1], fields), shallow), encoding
+
+
+def read_frame(
+    flow: VideoFlow, state: StreamState, tokens: Float[Tensor, "b l c"], controls: Float[Tensor, "b k d"] | None
+) -> FrameReport:
+    """Reads the next frame of a stream and advances `state` in place."""
+    if flow.config.kind == "frame-parallel":
+        features, fields = _predict(flow, state, controls)
+        latents, log_det, shallow = flow.shallow(tokens, features)
+    else:
+        latents, log_det, shallow = flow.shallow(tokens)
+        carried = torch.cat([state.deep.tokens[:, -1:], latents[:, :-1]], dim=1)
+        features = flow.deep.decode(carried, state.cache, controls=controls)
+        fields = flow.deep.fields(features)
+    noise, deep_log_det = fields.normalise(latents)
+    _advance(state, Stage(latents, fields), shallow)
+    ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
+    log_prob = standard_normal_log_prob(noise) + log_det + deep_log_det
+    return FrameReport(log_prob, noise, features, ones, ones * len(shallow), torch.zeros_like(log_prob[:, 0]))
+
+
+def imagine_frame(
+    flow: VideoFlow,
+    state: StreamState,
+    noise: Float[Tensor, "b l c"],
+    controls: Float[Tensor, "b k d"] | None,
+    config: DecodingConfig,
+) -> FrameReport:
+    """Decodes the next frame of a stream from its noise and advances `state` in place, whose `tokens` it then is.
+
+    The report is that of the frame itself: a last pass reads the decoded tokens, so log-likelihood and certificate are
+    those of what is returned, whatever the solver left open.
+    """
+    if flow.config.kind == "frame-parallel":
+        features, fields = _predict(flow, state, controls)
+        latents, sweeps = fields.denormalise(noise), torch.ones(len(noise), dtype=torch.long, device=noise.device)
+        condition = features
+    else:
+        solution = solve(
+            flow.deep,
+            noise,
+            draft_tokens(noise, state.deep, config.draft),
+            state.cache,
+            tolerance=DEEP_SHARE * config.tolerance,
+            size=config.block,
+            max_sweeps=config.max_sweeps,
+            before=state.deep.tokens[:, -1:],
+            controls=controls,
+        )
+        latents, sweeps, features = solution.tokens, solution.sweeps, solution.features
+        fields, condition = flow.deep.fields(features), None
+
+    tokens, shallow_sweeps = _invert_shallow(flow, latents, state.shallow, condition, config)
+    found, log_det, shallow = flow.shallow(tokens, condition)
+    exact, deep_log_det = fields.normalise(found)
+    certificate = (exact - noise).abs().amax(dim=(1, 2))
+    _advance(state, Stage(found, fields), shallow)
+    log_prob = standard_normal_log_prob(exact) + log_det + deep_log_det
+    return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps + len(shallow), certificate)
+
+
+def _invert_shallow(
+    flow: VideoFlow, latents: Tensor, previous: list[Stage], condition: Tensor | None, config: DecodingConfig
+) -> tuple[Tensor, Tensor]:
+    """latents -> (tokens, sweeps): the blocks of the shallow flow inverted, last one first."""
+    sweeps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+    for index in reversed(range(len(previous))):
+        block, noise = flow.shallow.blocks[index], flow.shallow.orient(index, latents)
+        solution = solve(
+            block,
+            noise,
+            draft_tokens(noise, previous[index], config.draft),
+            block.new_cache(len(noise)),
+            tolerance=SHALLOW_SHARE * config.tolerance,
+            size=config.block,
+            max_sweeps=config.max_sweeps,
+            before=block.sos_embed.expand(len(noise), -1, -1),
+            condition=None if condition is None else flow.shallow.orient(index, condition),
+        )
+        latents = flow.shallow.orient(index, solution.tokens)
+        sweeps += solution.sweeps
+    return latents, sweeps
+
+
+def _predict(flow: VideoFlow, state: StreamState, controls: Tensor | None) -> tuple[Tensor, Fields]:
+    """The frame-parallel deep flow's one pass: features and fields of the frame to come."""
+    features = flow.deep.decode(state.tokens, state.cache, controls=controls)
+    return features, flow.deep.fields(features)
+
+
+def _advance(state: StreamState, deep: Stage, shallow: list[Stage]) -> None:
+    state.cache.advance()
+    state.deep, state.shallow = deep, shallow
+
+
+def _stage_rows(stage: Stage, rows: Tensor) -> Stage:
+    return Stage(stage.tokens[rows], Fields(stage.fields.mu[rows], stage.fields.sigma[rows]))

@@ -1,0 +1,146 @@
+"""The fixed-point solver: inverts an affine autoregressive block by Jacobi sweeps.
+
+x -> mu(x) + sigma(x) z depends on earlier tokens only, so it has one fixed point, which sweeps reach from any draft in at most
+as many steps as there are tokens (arXiv 2002.03629), and mostly in three. A sweep evaluates mu and sigma at its *input*,
+so it also knows that input's exact noise z' = (x - mu) / sigma. The solver therefore returns the iterate it evaluated,
+never the one it would try next: fields, noise and cached keys and values are exactly those of what is returned, and
+the certificate max|z' - z| says how far that is from what was asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sfv_world.flow.affine import Fields
+from sfv_world.flow.cache import FrameCache
+from sfv_world.flow.model import Stage
+from sfv_world.flow.transformer import SlotTransformer
+
+Draft = Literal["fields", "tokens", "noise", "zeros"]
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How frames are decoded."""
+
+    tolerance: float = 1e-3
+    """Largest certificate max|z' - z| of a frame, in units of the noise."""
+    block: int | None = None
+    """Tokens solved together; none: the whole frame. 1 is sequential decoding."""
+    max_sweeps: int | None = None
+    """Most sweeps a block of tokens may take; none: as many as always suffice."""
+    draft: Draft = "fields"
+    """Where iteration starts: last frame's fields with the new noise, last frame's tokens, the noise, or zeros."""
+    temperature: float = 1.0
+    """Standard deviation of the noise; 1 samples the model's distribution."""
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance: expected a positive number, got {self.tolerance}.")
+        for name in ("block", "max_sweeps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected None or at least 1, got {value}.")
+        if self.draft not in ("fields", "tokens", "noise", "zeros"):
+            raise ValueError(f"draft: expected 'fields', 'tokens', 'noise' or 'zeros', got {self.draft!r}.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: expected at least 0, got {self.temperature}.")
+
+
+class Solution(NamedTuple):
+    """Tokens whose noise is the one asked for, to the certificate."""
+
+    tokens: Float[Tensor, "b l c"]
+    features: Float[Tensor, "b l w"]
+    """The block's features of those tokens."""
+    sweeps: Int[Tensor, "b"]
+    """Passes that each row took part in."""
+    certificate: Float[Tensor, "b"]
+    """max|z' - z| of each row, at the tokens returned."""
+
+
+def draft_tokens(noise: Float[Tensor, "b l c"], previous: Stage, draft: Draft) -> Float[Tensor, "b l c"]:
+    """The iterate to start from, given what the same block did to the frame before."""
+    match draft:
+        case "fields":
+            return previous.fields.denormalise(noise)
+        case "tokens":
+            return previous.tokens
+        case "noise":
+            return noise
+        case "zeros":
+            return torch.zeros_like(noise)
+
+
+def solve(
+    block: SlotTransformer,
+    noise: Float[Tensor, "b l c"],
+    draft: Float[Tensor, "b l c"],
+    cache: FrameCache,
+    *,
+    tolerance: float,
+    size: int | None,
+    max_sweeps: int | None,
+    before: Float[Tensor, "b 1 c"],
+    controls: Float[Tensor, "b k d"] | None = None,
+    condition: Float[Tensor, "b l e"] | None = None,
+) -> Solution:
+    """Finds the tokens of the current frame of `cache` that `block`, in token order, maps to `noise`.
+
+    Args:
+        block: the affine autoregressive block.
+        noise: its output.
+        draft: where to start; the result depends on it only within the tolerance.
+        cache: the block's cache, which ends up with the keys and values of the tokens returned.
+        tolerance: of the certificate.
+        size: tokens solved together; none: the whole frame.
+        max_sweeps: for each `size` tokens; none: one more than there are tokens, which always suffices.
+        before: what slot 0 carries: the token before the frame's first, or the start token.
+        controls: control tokens of the frame.
+        condition: per-slot conditioning.
+
+    A row's result never depends on the other rows; a row that is done takes no further part.
+    """
+    rows, length = noise.shape[:2]
+    tokens = draft.clone()
+    features = noise.new_empty(rows, length, block.config.width)
+    sweeps = torch.zeros(rows, dtype=torch.long, device=noise.device)
+    certificate = torch.zeros(rows, device=noise.device)
+    for start in range(0, length, size or length):
+        at = slice(start, min(start + (size or length), length))
+        limit = max_sweeps or at.stop - at.start + 1
+        active, work = torch.arange(rows, device=noise.device), cache
+        for sweep in range(1, limit + 1):
+            now, wanted = tokens[active], noise[active, at]
+            first = before[active] if start == 0 else now[:, start - 1 : start]
+            carried = torch.cat([first, now[:, start : at.stop - 1]], dim=1)
+            seen = block.decode(carried, work, at, _pick(controls, active), _pick(condition, active, at))
+            fields = block.fields(seen)
+            sweeps[active] += 1
+            if at.stop - at.start == 1:  # a lone token's fields do not depend on it: it is exact at once
+                tokens[active, at], features[active, at] = fields.denormalise(wanted), seen
+                break
+            found, _ = fields.normalise(now[:, at])
+            error = (found - wanted).abs().amax(dim=(1, 2))
+            done = (error < tolerance) | (sweep == limit)  # NaN is never below and goes on to the limit
+            finished = active[done]
+            certificate[finished] = torch.maximum(certificate[finished], error[done])
+            features[finished, at] = seen[done]
+            if len(finished) and work is not cache:
+                cache.write_current(finished, work.rows(done.nonzero()[:, 0]))
+            if len(finished) == len(active):
+                break
+            if len(finished):
+                work = work.rows((~done).nonzero()[:, 0])
+            active = active[~done]
+            tokens[active, at] = fields.denormalise(wanted)[~done]
+    return Solution(tokens, features, sweeps, certificate)
+
+
+def _pick(x: Tensor | None, rows: Tensor, at: slice | None = None) -> Tensor | None:
+    if x is None:
+        return None
+    return x[rows] if at is None else x[rows, at]

@@ -1,0 +1,85 @@
+"""Films and contact sheets: what a world imagines, beside what really happened."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import cv2
+import numpy as np
+from einops import rearrange
+from jaxtyping import UInt8
+
+from sfv_world.checkpoint import replacing
+from sfv_world.data.clips import ClipSampler, Clips, Episodes
+from sfv_world.world import World, WorldOutput
+
+
+class Continuation(NamedTuple):
+    """Held-out clips and a world's own continuation of their beginnings under the same actions."""
+
+    clips: Clips
+    imagined: UInt8[np.ndarray, "b n h w 3"]
+    """The frames after the context."""
+    outputs: list[WorldOutput]
+    """What the world said of each of them."""
+
+
+def take(actions: Any, index: Any) -> Any:
+    """Indexes every array of an action tree (nested dicts and tuples)."""
+    if isinstance(actions, dict):
+        return {name: take(part, index) for name, part in actions.items()}
+    if isinstance(actions, tuple):
+        return tuple(take(part, index) for part in actions)
+    return actions[index]
+
+
+def long_clips(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Clips:
+    """Clips of `frames` frames that lie wholly within episodes, starting at random places."""
+    fitting = np.concatenate([np.arange(s, e - frames) for s, e in zip(episodes.starts, episodes.ends, strict=True)])
+    if len(fitting) == 0:
+        raise ValueError(f"frames: expected clips shorter than the longest episode ({episodes.lengths.max()}), got {frames}.")
+    chosen = np.random.default_rng(seed).choice(fitting, size=rows)
+    return ClipSampler(episodes, frames, rows).clips(chosen)
+
+
+def imagine(world: World, clips: Clips, context: int, seed: int = 0) -> Continuation:
+    """Resets to the first `context` frames of clips and imagines the others under their actions."""
+    rows, frames = clips.valid.shape
+    past = take(clips.actions, np.s_[:, : context - 1])
+    state = world.reset(clips.frames[:, :context], past, seeds=seed * 100_003 + np.arange(rows))
+    outputs = []
+    for frame in range(context, frames):
+        state, output = world.step(state, take(clips.actions, np.s_[:, frame - 1]))
+        outputs.append(output)
+    imagined = np.stack([output.frames.cpu().numpy() for output in outputs], axis=1)
+    return Continuation(clips, imagined, outputs)
+
+
+def compare(world: World, episodes: Episodes, path: Path, rows: int = 4, frames: int = 24, context: int = 4) -> None:
+    """Writes a film (and a contact sheet beside it) of imagined clips above their real continuations."""
+    clips = long_clips(episodes, rows, context + frames)
+    found = imagine(world, clips, context)
+    pairs = np.stack([found.imagined, clips.frames[:, context:]], axis=1)
+    write_video(path, rearrange(pairs, "b two n h w c -> n (two h) (b w) c"), episodes.fps or 8.75)
+    sheet = rearrange(pairs[:, :, :: max(1, frames // 12)], "b two n h w c -> (b two h) (n w) c")
+    write_image(path.with_suffix(".png"), sheet)
+
+
+def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes an RGB image as PNG, whole or not at all."""
+    encoded, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    assert encoded, "PNG encodes every uint8 image"
+    with replacing(path) as beside:
+        beside.write_bytes(data.tobytes())
+
+
+def write_video(path: Path, frames: UInt8[np.ndarray, "n h w 3"], fps: float, scale: int = 4) -> None:
+    """Writes an H.264 film, enlarged `scale` times without smoothing, whole or not at all."""
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,269 @@
+"""The training loop: a recording in, a world's folder out.
+
+Everything random in a step follows from (seed, step), so a run that was killed and resumed sees the same clips and the
+same noise as one that was not. The folder always holds a readable world (the moving average of the weights) and
+the state to resume from; a loss that is not finite stops the run before either is touched.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sfv_world.checkpoint import load_tensors, save_model, save_tensors
+from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
+from sfv_world.film import compare
+from sfv_world.flow.model import DeepKind
+from sfv_world.model import ModelConfig, WorldModel, model_config
+from sfv_world.training.objective import Batch, ObjectiveConfig, world_loss
+from sfv_world.world import World, save_starts
+
+PRESETS = {"tiny": 2, "small": 4, "base": 8}
+"""The one dial of `model_config`, by name."""
+STATE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train a world."""
+
+    data: Path
+    """Folder of a Minari dataset with image observations (see `sfv-world collect`)."""
+    out: Path
+    """Folder of the world."""
+    preset: Literal["tiny", "small", "base"] = "small"
+    """Size: about 0.5, 3 or 22 million parameters."""
+    kind: DeepKind = "frame-parallel"
+    """Which deep flow."""
+    steps: int | None = None
+    """Stop after this many steps."""
+    minutes: float | None = None
+    """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
+    resume: bool = False
+    """Continue the run in `out`, which must have the same configuration up to its length."""
+    patch: int = 8
+    """Side of a patch, in pixels."""
+    window: int = 8
+    """Frames the deep flow sees."""
+    noise: float = 0.05
+    """Standard deviation of the noise on pixels in [-1, 1]."""
+    clip: int = 8
+    """Frames of a clip."""
+    batch: int = 6
+    """Clips of a batch."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 50
+    """Steps in which the learning rate rises; after them it falls along a cosine to 1% of its peak."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.998
+    """Decay of the moving average of the weights, a step."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Parts of the loss."""
+    held_out: float = 0.05
+    """Part of the episodes that is never trained on."""
+    validate_minutes: float = 2.0
+    """Minutes between validations, samples and checkpoints."""
+    seed: int = 0
+    """Seed of the split, the weights, the clips and the noise."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train; bfloat16 autocast on CUDA."""
+    threads: int | None = None
+    """CPU threads; none: torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
+        if self.clip < 2:
+            raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
+
+
+class Trainer:
+    """One training run."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if not config.resume and (config.out / STATE).exists():
+            raise ValueError(f"out: {config.out} holds a training run. Add --resume to continue it, or name another folder.")
+        episodes = load_episodes(config.data)
+        self.train, self.held_out = episodes.split(config.held_out, config.seed)
+        torch.manual_seed(config.seed)
+        height, width = episodes.frames.shape[1:3]
+        shape = model_config(
+            PRESETS[config.preset],
+            height,
+            width,
+            patch=config.patch,
+            kind=config.kind,
+            window=config.window,
+            noise=config.noise,
+        )
+        self.model = WorldModel(shape, episodes.action_space).to(config.device)
+        some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
+        self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(self.model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
+        )
+        self.step, self.elapsed = 0, 0.0
+        self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed)
+        if config.resume:
+            self._load()
+
+    def run(self) -> dict[str, float]:
+        """Trains to the end and returns the last validation's numbers."""
+        config, validation = self.config, {}
+        writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step)
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        print(f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out")
+        total = 1000 if config.steps is None else config.steps
+        bar = tqdm(total=total, initial=self.step if config.steps else int(1000 * self._progress()), unit="step")
+        if config.steps is None:
+            bar.bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        last_validation = self.elapsed
+        try:
+            while self._progress() < 1:
+                began = time.perf_counter()
+                metrics = self._train_step()
+                self.elapsed += time.perf_counter() - began
+                bits = metrics["nats_per_dim"] / math.log(2)
+                rate = config.batch * config.clip * self.step / max(self.elapsed, 1e-9)
+                bar.set_postfix_str(f"step {self.step}, {bits:.3f} bits/dim, {rate:.0f} frames/s", refresh=False)
+                bar.update((self.step if config.steps else int(1000 * self._progress())) - bar.n)
+                for name, value in metrics.items():
+                    writer.add_scalar(f"train/{name}", value, self.step)
+                if self.elapsed - last_validation > 60 * config.validate_minutes or self._progress() >= 1:
+                    last_validation = self.elapsed
+                    validation = self.validate()
+                    for name, value in validation.items():
+                        writer.add_scalar(f"held_out/{name}", value, self.step)
+                    numbers = ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
+                    bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
+                    self.save(validation)
+                    self._sample()
+        finally:
+            bar.close()
+            writer.close()
+        return validation
+
+    def validate(self, batches: int = 4) -> dict[str, float]:
+        """Means over fixed clips of held-out episodes, by the averaged weights."""
+        model, config = self.average.module, self.config
+        sampler = ClipSampler(self.held_out, config.clip, 16, seed=1)
+        generator = torch.Generator(config.device).manual_seed(config.seed)
+        objective = ObjectiveConfig(action_dropout=0.0)
+        model.eval()
+        with torch.no_grad():
+            found = [
+                world_loss(model, Batch.from_clips(sampler.batch(index), model), objective, generator)[1]
+                for index in range(batches)
+            ]
+        return {name: float(np.mean([metrics[name].item() for metrics in found])) for name in found[0]}
+
+    def save(self, validation: dict[str, float]) -> None:
+        """Writes the world, its start frames and the state to resume from."""
+        config = self.config
+        about = {
+            "training": TypeAdapter(TrainConfig).dump_python(config, mode="json"),
+            "data": self.train.metadata,
+            "steps": self.step,
+            "minutes": round(self.elapsed / 60, 1),
+            "held_out": {name: round(value, 4) for name, value in validation.items()},
+        }
+        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        metadata = {"step": str(self.step), "elapsed": repr(self.elapsed), "config": json.dumps(self._identity())}
+        save_tensors(config.out / STATE, state, metadata)
+        save_starts(config.out, self.held_out)
+        save_model(config.out, self.average.module, about)
+
+    def _train_step(self) -> dict[str, float]:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * self._schedule()
+        generator = torch.Generator(config.device).manual_seed(config.seed * 1_000_003 + self.step)
+        batch = Batch.from_clips(self.sampler.batch(self.step), self.model)
+        with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.device.startswith("cuda")):
+            loss, metrics = world_loss(self.model, batch, config.objective, generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        if not torch.isfinite(loss) or not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step}: the loss is {loss.item()} and its gradient {norm.item()}, expected finite numbers. "
+                f"{config.out} keeps the last good checkpoint; go on from it with --resume and a lower --learning-rate."
+            )
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        values = {name: value.item() for name, value in metrics.items()}
+        return {**values, "gradient_norm": norm.item(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def _progress(self) -> float:
+        by_steps = self.step / self.config.steps if self.config.steps else 0.0
+        by_time = self.elapsed / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return max(by_steps, by_time)
+
+    def _schedule(self) -> float:
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, self._progress())))
+        return min(1.0, (self.step + 1) / self.config.warmup) * cosine
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues."""
+        config = TypeAdapter(TrainConfig).dump_python(self.config, mode="json")
+        free = ("out", "resume", "steps", "minutes", "validate_minutes", "device", "threads", "learning_rate", "data")
+        return {name: value for name, value in config.items() if name not in free}
+
+    def _load(self) -> None:
+        tensors, metadata = load_tensors(self.config.out / STATE, self.config.device)
+        before, now = json.loads(metadata["config"]), self._identity()
+        if before != now:
+            changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
+            raise ValueError(f"resume: expected the configuration of the run in {self.config.out}, got {changed} (then, now).")
+        parts: dict[str, dict[str, Any]] = {"model": {}, "average": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.average.module.load_state_dict(parts["average"])
+        state: dict[int, dict[str, Any]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, slot = name.split(".", 1)
+            state.setdefault(int(index), {})[slot] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step, self.elapsed = int(metadata["step"]), float(metadata["elapsed"])
+        self.average.n_averaged.fill_(self.step)
+
+    def _sample(self) -> None:
+        """Writes a film of an imagined held-out episode above the real one."""
+        compare(World(self.average.module), self.held_out, self.config.out / "samples" / f"{self.step:06d}.mp4", rows=4, frames=24)
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Trains a world (see `TrainConfig`) and returns the last validation's numbers."""
+    return Trainer(config).run()
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only."""
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

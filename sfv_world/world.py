@@ -1,0 +1,318 @@
+"""The world in verbs: reset, step, observe, score; a batch of rows on one device.
+
+A frame's randomness is a pure function of its row's seed and its number since the reset, so the same seed and actions
+give the same frames, whatever the other rows do and however often a state was copied, saved or moved.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import math
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from sfv_world.checkpoint import STARTS, load_model, load_tensors, save_tensors
+from sfv_world.control.spaces import flatten_actions
+from sfv_world.data.clips import ClipSampler, Episodes
+from sfv_world.decoding.frames import FrameReport, StreamState, imagine_frame, read_frame, read_video
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.heads import Outcome
+from sfv_world.model import WorldModel
+
+SHIPPED = Path(__file__).parent / "checkpoints"
+
+
+@dataclass
+class WorldState:
+    """Where imagined rows stand. `step` and `observe` use a state up: index it (`state[rows]`) to keep a copy."""
+
+    stream: StreamState
+    """The flow's memory of the past."""
+    seeds: Int[np.ndarray, "b"]
+    """Seed of every row."""
+    ages: Int[np.ndarray, "b"]
+    """Number of every row's next frame since its reset."""
+    spent: bool = False
+    """Whether this state was used up."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.seeds)
+
+    def __getitem__(self, rows: Any) -> "WorldState":
+        """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
+        index = np.atleast_1d(np.arange(len(self))[rows])
+        device = self.stream.cache.visible.device
+        stream = self.stream.rows(torch.from_numpy(index).to(device))
+        return WorldState(stream, self.seeds[index], self.ages[index])
+
+
+class WorldOutput(NamedTuple):
+    """What a world says of its next frame, by row."""
+
+    frames: UInt8[Tensor, "b h w 3"]
+    """The frame: noised as the model sees it when imagined, as given when observed."""
+    log_likelihood: Float[Tensor, "b"]
+    """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]."""
+    bits_per_dim: Float[Tensor, "b"]
+    """The same in bits per colour value, negated: lower is likelier."""
+    rewards: Float[Tensor, "b 2"]
+    """Expected reward if the episode goes on (0) and if it ends with this frame (1)."""
+    termination_probability: Float[Tensor, "b"]
+    """Probability that the episode ends with this frame."""
+    terminated: Bool[Tensor, "b"]
+    """A draw with that probability, from the row's own randomness."""
+    sweeps: Int[Tensor, "b"]
+    """Passes of the deep flow."""
+    shallow_sweeps: Int[Tensor, "b"]
+    """Passes of the shallow blocks, all together."""
+    certificate: Float[Tensor, "b"]
+    """max|z' - z| between the frame's exact noise and the noise asked for."""
+    noise: Float[Tensor, "b l c"]
+    """The frame's exact noise."""
+
+    @property
+    def reward(self) -> Float[Tensor, "b"]:
+        """Expected reward given `terminated`."""
+        return self.rewards.gather(-1, self.terminated.long()[:, None])[:, 0]
+
+
+class Score(NamedTuple):
+    """Exact likelihoods of whole videos, by row and frame."""
+
+    log_likelihood: Float[Tensor, "b t"]
+    bits_per_dim: Float[Tensor, "b t"]
+    rewards: Float[Tensor, "b t 2"]
+    termination_probability: Float[Tensor, "b t"]
+
+
+class World:
+    """A learned world: a model, how to decode it and frames to start from."""
+
+    def __init__(
+        self,
+        model: WorldModel,
+        decoding: DecodingConfig | None = None,
+        starts: dict[str, Tensor] | None = None,
+        about: dict[str, Any] | None = None,
+        name: str = "world",
+    ):
+        self.model, self.decoding = model.eval(), decoding or DecodingConfig()
+        self.starts, self.about, self.name = starts, about or {}, name
+
+    @property
+    def action_space(self) -> gym.Space[Any]:
+        """Space of one row's action."""
+        return self.model.action_space
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Height, width and 3."""
+        return self.model.config.codec.height, self.model.config.codec.width, 3
+
+    @property
+    def device(self) -> torch.device:
+        """Where the world is computed."""
+        return self.model.codec.scale.device
+
+    @torch.no_grad()
+    def reset(self, frames: Any, actions: Any = None, seeds: Any = None) -> WorldState:
+        """Reads K observed frames of every row.
+
+        Args:
+            frames: (B, K, H, W, 3) uint8, array or tensor.
+            actions: the B x K-1 actions between them; unknown if not given.
+            seeds: an integer per row; 0, 1, 2, ... if not given.
+
+        Raises:
+            ValueError: if shapes, types or values are not what the world expects.
+        """
+        frames = self._frames(frames, 5)
+        rows, count = frames.shape[:2]
+        vectors, known = self._past_actions(actions, rows, count)
+        return self._reset(frames, vectors, known, self._seeds(seeds, rows))
+
+    @torch.no_grad()
+    def start(self, seeds: Any) -> WorldState:
+        """Begins a row for every seed at one of the start frames that came with the world, chosen by the seed."""
+        if self.starts is None:
+            raise ValueError(f"{self.name}: expected start frames in {STARTS}, found none. Pass frames to reset.")
+        seeds = self._seeds(seeds, len(np.atleast_1d(seeds)))
+        count = len(self.starts["frames"])
+        chosen = torch.tensor([int(np.random.default_rng([int(seed), 1]).integers(count)) for seed in seeds])
+        frames = self.starts["frames"][chosen].to(self.device)
+        vectors = self.starts["actions"][chosen].to(self.device)
+        known = torch.arange(frames.shape[1], device=self.device) > 0
+        return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds)
+
+    @torch.no_grad()
+    def step(self, state: WorldState, actions: Any) -> tuple[WorldState, WorldOutput]:
+        """Imagines the next frame of every row.
+
+        Args:
+            state: where the rows stand; used up.
+            actions: an action per row; None where the model shall not know of one.
+
+        Raises:
+            ValueError: if the state was used up or the actions are not of the space.
+        """
+        controls = self._controls(state, actions)
+        shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
+        noise = [self._rng(state, row).standard_normal(shape, dtype=np.float32) for row in range(len(state))]
+        z = self.decoding.temperature * torch.from_numpy(np.stack(noise)).to(self.device)
+        state.spent = True
+        report = imagine_frame(self.model.flow, state.stream, z, controls, self.decoding)
+        frames = self.model.codec.frames(self.model.codec.decode(state.stream.tokens))
+        return self._next(state, report, frames)
+
+    @torch.no_grad()
+    def observe(self, state: WorldState, actions: Any, frames: Any) -> tuple[WorldState, WorldOutput]:
+        """Reads the next frame of every row, which is given, (B, H, W, 3) uint8; otherwise as `step`."""
+        controls = self._controls(state, actions)
+        frames = self._frames(frames, 4)
+        if len(frames) != len(state):
+            raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
+        tokens = self._noised(frames[:, None], state.seeds, state.ages)[:, 0]
+        state.spent = True
+        return self._next(state, read_frame(self.model.flow, state.stream, tokens, controls), frames)
+
+    @torch.no_grad()
+    def score(self, frames: Any, actions: Any = None, seeds: Any = None) -> Score:
+        """Scores whole videos in one parallel pass: what `reset` and `observe` would say, frame by frame.
+
+        Args:
+            frames: (B, T, H, W, 3) uint8.
+            actions: the B x T-1 actions between them; unknown if not given.
+            seeds: an integer per row; they decide the noise.
+        """
+        frames = self._frames(frames, 5)
+        rows, count = frames.shape[:2]
+        vectors, known = self._past_actions(actions, rows, count)
+        tokens = self._noised(frames, self._seeds(seeds, rows), np.zeros(rows, np.int64))
+        reading = self.model(tokens, vectors, known)
+        return Score(
+            reading.log_likelihood,
+            self._bits(reading.log_likelihood),
+            self.model.heads.rewards(reading.outcome),
+            reading.outcome.termination_probability,
+        )
+
+    def _reset(self, frames: Tensor, vectors: Tensor, known: Tensor, seeds: np.ndarray) -> WorldState:
+        tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64))
+        stream, _ = read_video(self.model.flow, tokens, self.model.controls(vectors, known))
+        return WorldState(stream, seeds, np.full(len(seeds), frames.shape[1]))
+
+    def _next(self, state: WorldState, report: FrameReport, frames: Tensor) -> tuple[WorldState, WorldOutput]:
+        log_likelihood = report.log_prob.sum(-1) + self.model.codec.log_det
+        outcome: Outcome = self.model.heads(report.features)
+        probability = outcome.termination_probability
+        draws = [self._rng(state, row, 1).random(dtype=np.float32) for row in range(len(state))]
+        output = WorldOutput(
+            frames=frames,
+            log_likelihood=log_likelihood,
+            bits_per_dim=self._bits(log_likelihood),
+            rewards=self.model.heads.rewards(outcome),
+            termination_probability=probability,
+            terminated=torch.tensor(np.stack(draws), device=self.device) < probability,
+            sweeps=report.sweeps,
+            shallow_sweeps=report.shallow_sweeps,
+            certificate=report.certificate,
+            noise=report.noise,
+        )
+        return WorldState(state.stream, state.seeds, state.ages + 1), output
+
+    def _bits(self, log_likelihood: Tensor) -> Tensor:
+        return -log_likelihood / (math.log(2) * self.model.config.colour_values)
+
+    def _rng(self, state: WorldState, row: int, purpose: int = 0) -> np.random.Generator:
+        return _generator(state.seeds[row], state.ages[row], purpose)
+
+    def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray) -> Tensor:
+        """Tokens of frames (b, t, h, w, 3), the first of each row having the number `ages`."""
+        uniform, normal = np.empty(frames.shape, np.float32), np.empty(frames.shape, np.float32)
+        for row, frame in np.ndindex(*frames.shape[:2]):
+            rng = _generator(seeds[row], ages[row] + frame, 0)
+            rng.standard_normal(dtype=np.float32, out=normal[row, frame])
+            rng.random(dtype=np.float32, out=uniform[row, frame])
+        arrays = (torch.from_numpy(array).to(self.device) for array in (uniform, normal))
+        return self.model.noised_tokens(frames, *arrays)
+
+    def _controls(self, state: WorldState, actions: Any) -> Tensor:
+        if state.spent:
+            raise ValueError("state: expected one that was not used up, got one that was. Keep a copy (state[:]) before a step.")
+        rows = len(state)
+        if actions is None:
+            vectors = np.zeros((rows, self._action_size), np.float32)
+        else:
+            vectors = flatten_actions(self.action_space, actions, (rows,))
+        known = torch.full((rows,), actions is not None, device=self.device)
+        return self.model.controls(torch.from_numpy(vectors).to(self.device), known)
+
+    def _past_actions(self, actions: Any, rows: int, frames: int) -> tuple[Tensor, Tensor]:
+        """Vectors (rows, frames, n) of what led to each frame, and whether that is known."""
+        vectors = np.zeros((rows, frames, self._action_size), np.float32)
+        known = np.zeros((rows, frames), bool)
+        if actions is not None and frames > 1:
+            vectors[:, 1:] = flatten_actions(self.action_space, actions, (rows, frames - 1))
+            known[:, 1:] = True
+        return torch.from_numpy(vectors).to(self.device), torch.from_numpy(known).to(self.device)
+
+    @property
+    def _action_size(self) -> int:
+        return self.model.controls.project[0].in_features
+
+    def _seeds(self, seeds: Any, rows: int) -> np.ndarray:
+        array = np.arange(rows) if seeds is None else np.atleast_1d(np.asarray(seeds))
+        if array.shape != (rows,) or array.dtype.kind not in "iu" or (array < 0).any():
+            raise ValueError(f"seeds: expected {rows} integers of at least 0, one per row, got {seeds!r}.")
+        return array.astype(np.int64)
+
+    def _frames(self, frames: Any, dimensions: int) -> Tensor:
+        tensor = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
+        lead = "(B, K" if dimensions == 5 else "(B"
+        expected = f"{lead}, {', '.join(map(str, self.frame_shape))}) uint8"
+        if tensor.dtype != torch.uint8:
+            raise ValueError(f"frames: expected {expected}, got {tensor.dtype}. Give colours from 0 to 255 as uint8.")
+        if tensor.ndim != dimensions or tuple(tensor.shape[-3:]) != self.frame_shape or 0 in tensor.shape:
+            raise ValueError(f"frames: expected {expected}, got shape {tuple(tensor.shape)}. Resize with cv2.INTER_AREA.")
+        return tensor.to(self.device)
+
+
+def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: DecodingConfig | None = None) -> World:
+    """Loads a world: the name of a shipped one, or a folder.
+
+    Raises:
+        ValueError: if there is none, or its files are damaged or do not fit each other.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = SHIPPED / str(name)
+    if not folder.is_dir():
+        shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+        raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
+    model, about = load_model(folder, device)
+    starts = None
+    if (folder / STARTS).exists():
+        starts, _ = load_tensors(folder / STARTS)
+    return World(model, decoding, starts, about, str(name))
+
+
+def save_starts(folder: Path, episodes: Episodes, count: int = 32, frames: int = 4) -> None:
+    """Keeps the first frames of some episodes, and the actions between them, to start a world from."""
+    chosen = np.flatnonzero(episodes.lengths > frames)[:count]
+    if len(chosen) == 0:
+        raise ValueError(f"episodes: expected at least one of more than {frames} frames to start from, got none.")
+    clips = ClipSampler(episodes, frames, count).clips(episodes.starts[chosen])
+    actions = flatten_actions(episodes.action_space, clips.actions, (len(chosen), frames - 1))
+    vectors = np.concatenate([np.zeros_like(actions[:, :1]), actions], axis=1)
+    tensors = {"frames": torch.from_numpy(clips.frames), "actions": torch.from_numpy(vectors)}
+    save_tensors(folder / STARTS, tensors)
+
+
+def _generator(seed: int, age: int, purpose: int) -> np.random.Generator:
+    """A counter-based generator (Philox) for one purpose of one frame of one row."""
+    return np.random.Generator(np.random.Philox(key=[int(seed), 2 * int(age) + purpose]))
