@@ -1,0 +1,1 @@
+"""Data: recording real environments, and reading what was recorded as clips."""

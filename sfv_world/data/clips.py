@@ -1,0 +1,262 @@
+"""Reads a recording into memory and cuts clips out of it: Minari dataset -> `Episodes` -> batches of `Clips`.
+
+Time is aligned to frames everywhere: `actions[t]` is taken at frame t, `rewards[t]` and `terminations[t]` arrive with
+frame t. Numpy only; the training loop turns clips into tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector.utils import create_empty_array
+from jaxtyping import Bool, Float32, Int64, UInt8
+from minari.dataset.minari_storage import MinariStorage
+
+from sfv_world.data.images import REPEATED_SCREEN, image_key
+
+Actions = Any
+"""Actions of many frames: an array, or nested dicts and tuples of arrays like the action space; frames come first."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Whole episodes, one after another in arrays with one row for each frame."""
+
+    frames: UInt8[np.ndarray, "n h w 3"]
+    """Every frame of every episode."""
+    actions: Actions
+    """Action taken at each frame; zeros at an episode's last frame, where none is taken."""
+    rewards: Float32[np.ndarray, " n"]
+    """Reward received on arriving at each frame; 0 at an episode's first."""
+    terminations: Bool[np.ndarray, " n"]
+    """Whether the episode terminated on arriving at each frame; a truncation is none."""
+    repeated: Bool[np.ndarray, " n"]
+    """Whether a frame is the previous screen again, because the game had none to show."""
+    starts: Int64[np.ndarray, " e"]
+    """Row of each episode's first frame."""
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the recording says of itself: "recipe" and "fps" where `sfv_world.data.collect` made it."""
+
+    @property
+    def ends(self) -> Int64[np.ndarray, " e"]:
+        """Row after each episode's last frame."""
+        return np.append(self.starts[1:], len(self.frames))
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " e"]:
+        """Frames of each episode."""
+        return self.ends - self.starts
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second of game time, if the recording says."""
+        return self.metadata.get("fps")
+
+    def __len__(self) -> int:
+        """Number of episodes."""
+        return len(self.starts)
+
+    def select(self, episodes: Int64[np.ndarray, " k"]) -> Episodes:
+        """Copies the given episodes, in the given order."""
+        rows = np.concatenate([np.arange(self.starts[k], self.ends[k]) for k in episodes])
+        lengths = self.lengths[episodes]
+        return Episodes(
+            frames=self.frames[rows],
+            actions=_map(lambda array: array[rows], self.actions),
+            rewards=self.rewards[rows],
+            terminations=self.terminations[rows],
+            repeated=self.repeated[rows],
+            starts=np.cumsum(lengths) - lengths,
+            observation_space=self.observation_space,
+            action_space=self.action_space,
+            metadata=self.metadata,
+        )
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[Episodes, Episodes]:
+        """Splits whole episodes at random into those to train on and those held out.
+
+        Args:
+            fraction: part of the episodes that is held out, in (0, 1); each side has at least one episode.
+            seed: seed of the choice.
+
+        Returns:
+            The training episodes and the held-out ones, both in their recorded order.
+
+        Raises:
+            ValueError: if there are fewer than two episodes or the fraction is out of range.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction: expected a number between 0 and 1, got {fraction}.")
+        if len(self) < 2:
+            raise ValueError(f"episodes: expected at least 2 to split, got {len(self)}. Record more frames.")
+        order = np.random.default_rng(seed).permutation(len(self))
+        held_out = int(np.clip(round(fraction * len(self)), 1, len(self) - 1))
+        return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
+
+
+def load_episodes(path: str | Path) -> Episodes:
+    """Reads a whole Minari dataset with image observations into memory.
+
+    Args:
+        path: folder that `sfv_world.data.collect` wrote, or the `data` folder of any Minari dataset. Images may be the
+            observation or its entry "screen", "image" or "pixels", RGB or gray.
+
+    Raises:
+        ValueError: if there is no dataset, it has no images, or it has no episodes.
+    """
+    path = Path(path)
+    try:
+        storage = MinariStorage.read(path)
+    except ValueError as error:
+        raise ValueError(
+            f"path: expected the folder of a Minari dataset, got {str(path)!r} ({error}). "
+            "Record one with `sfv-world collect`."
+        ) from error
+    key = image_key(storage.observation_space)
+    if key is None:
+        raise ValueError(
+            f"{path}: expected image observations (uint8, height x width x 3 or gray, alone or under 'screen', 'image' "
+            f"or 'pixels'), got {storage.observation_space}. Record the environment with `sfv-world collect`, which "
+            "renders it."
+        )
+    count = storage.total_episodes
+    if count == 0:
+        raise ValueError(
+            f"{path}: expected at least one episode, got none. Continue the recording with `sfv-world collect`."
+        )
+    metadata = storage.metadata
+    total = storage.total_steps + count
+    frames: np.ndarray | None = None
+    actions = create_empty_array(storage.action_space, total, np.zeros)
+    rewards = np.zeros(total, np.float32)
+    terminations = np.zeros(total, bool)
+    repeated = np.zeros(total, bool)
+    starts = np.zeros(count, np.int64)
+    row = 0
+    for k, episode in enumerate(storage.get_episodes(range(count))):
+        images = _rgb(episode["observations"][key] if key else episode["observations"])
+        if frames is None:
+            frames = np.empty((total, *images.shape[1:]), np.uint8)
+        end = row + len(images)
+        starts[k] = row
+        frames[row:end] = images
+        _fill(actions, slice(row, end - 1), episode["actions"])
+        rewards[row + 1 : end] = episode["rewards"]
+        terminations[row + 1 : end] = episode["terminations"]
+        repeated[row:end] = (episode["infos"] or {}).get(REPEATED_SCREEN, False)
+        row = end
+    assert frames is not None and row == total, f"{path} says it has {total} frames but holds {row}"
+    return Episodes(
+        frames=frames,
+        actions=actions,
+        rewards=rewards,
+        terminations=terminations,
+        repeated=repeated,
+        starts=starts,
+        observation_space=storage.observation_space,
+        action_space=storage.action_space,
+        metadata={name: metadata[name] for name in ("dataset_id", "recipe", "fps") if name in metadata},
+    )
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A batch of equally long pieces of episodes; those that run past an episode's end repeat its last frame."""
+
+    frames: UInt8[np.ndarray, "b t h w 3"]
+    """Frames."""
+    actions: Actions
+    """Actions between the frames, (b, t-1, ...); zeros where padded."""
+    rewards: Float32[np.ndarray, "b t"]
+    """Reward received on arriving at each frame; 0 where padded."""
+    terminations: Bool[np.ndarray, "b t"]
+    """Whether the episode terminated on arriving at each frame; false where padded."""
+    valid: Bool[np.ndarray, "b t"]
+    """Whether a frame was recorded, rather than padded."""
+    terminal: Bool[np.ndarray, "b t"]
+    """Whether a frame is an ended game's last screen again: a target for reward and termination, not for pixels.
+
+    That is how every Doom episode ends, be it by termination or by truncation."""
+
+
+@dataclass(frozen=True)
+class ClipSampler:
+    """Draws batches of clips, each starting at a frame chosen uniformly from all frames.
+
+    So a clip's first frame is rarely an episode's first, and a model learns to begin anywhere. Because clips may run
+    past the end of an episode, its last frame is drawn as often as one in its middle, and so are terminations.
+
+    Example:
+        >>> episodes = load_episodes("data/doom-basic")  # doctest: +SKIP
+        >>> sampler = ClipSampler(episodes, clip_length=16, batch_size=8, seed=0)  # doctest: +SKIP
+        >>> sampler.batch(0).frames.shape  # doctest: +SKIP
+        (8, 16, 64, 64, 3)
+    """
+
+    episodes: Episodes
+    clip_length: int
+    """Frames of a clip."""
+    batch_size: int
+    """Clips of a batch."""
+    seed: int = 0
+    """With the step, this decides the batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
+    def batch(self, step: int) -> Clips:
+        """Draws the clips of a step: a pure function of (seed, step), so training continues exactly as it was."""
+        rows = np.random.default_rng([self.seed, step]).integers(len(self.episodes.frames), size=self.batch_size)
+        return self.clips(rows)
+
+    def clips(self, rows: Int64[np.ndarray, " b"]) -> Clips:
+        """Cuts the clips that start at the given rows of the episodes."""
+        data = self.episodes
+        last = data.ends[np.searchsorted(data.starts, rows, side="right") - 1] - 1
+        wanted = rows[:, None] + np.arange(self.clip_length)
+        valid = wanted <= last[:, None]
+        index = np.minimum(wanted, last[:, None])
+        return Clips(
+            frames=data.frames[index],
+            # An episode's last row holds the zero action, so padded steps have it as well.
+            actions=_map(lambda array: array[index[:, :-1]], data.actions),
+            rewards=np.where(valid, data.rewards[index], np.float32(0)),
+            terminations=data.terminations[index] & valid,
+            valid=valid,
+            terminal=data.repeated[index] & valid,
+        )
+
+
+def _rgb(images: np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
+    if images.ndim == 3:
+        images = images[..., None]
+    return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+def _map(function: Any, tree: Actions) -> Actions:
+    """Applies a function to every array of nested dicts and tuples."""
+    if isinstance(tree, dict):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_map(function, value) for value in tree)
+    return function(tree)
+
+
+def _fill(target: Actions, rows: slice, source: Actions) -> None:
+    """Copies an episode's actions into their rows of a tree of arrays."""
+    if isinstance(target, dict):
+        for key in target:
+            _fill(target[key], rows, source[key])
+    elif isinstance(target, tuple):
+        for part, value in zip(target, source, strict=True):
+            _fill(part, rows, value)
+    else:
+        target[rows] = source
