@@ -90,7 +90,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldM
         action_space = deserialize_space(json.dumps(config["action_space"]))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: expected a world's folder, with {CONFIG} and {MODEL}; found no {CONFIG}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, AssertionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path}: expected a world's configuration, got one that cannot be read ({error}).") from error
     tensors, _ = load_tensors(folder / MODEL, device)
     with torch.device("meta"):
@@ -103,4 +103,4 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldM
         raise ValueError(f"{folder / MODEL}: {len(wrong)} tensors do not fit {path.name} ({some}).")
     model = WorldModel(model_config, action_space).to(device)
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return model.eval(), config["about"]
+    return model.eval(), config.get("about", {})

@@ -47,11 +47,12 @@ class OutcomeHeads(nn.Module):
     def __init__(self, width: int, queries: int = 4, hidden: int = 128):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, width) / width**0.5)
-        self.mlp = nn.Sequential(nn.Linear((queries + 1) * width, hidden), nn.SiLU(), nn.Linear(hidden, 2 * BINS + 1))
+        output = nn.Linear(hidden, 2 * BINS + 1)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        self.mlp = nn.Sequential(nn.Linear((queries + 1) * width, hidden), nn.SiLU(), output)
         symlog = torch.linspace(-SYMLOG_LIMIT, SYMLOG_LIMIT, BINS)
         self.register_buffer("bins", symlog.sign() * symlog.abs().expm1(), persistent=False)
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, features: Float[Tensor, "*b l w"]) -> Outcome:
         """Features of the slots of frames -> logits of their rewards and terminations."""

@@ -15,8 +15,13 @@ from torch import Tensor, nn
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def at_least_float32(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """`x` in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class FinalNorm(nn.Module):
-    """RMSNorm `x * (1 + w)` computed in float32 (the norm before a flow block's output projection)."""
+    """RMSNorm `x * (1 + w)` in at least float32 (the norm before a flow block's output projection)."""
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
@@ -24,7 +29,7 @@ class FinalNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight, self.eps)
+        return F.rms_norm(at_least_float32(x), (x.shape[-1],), 1 + self.weight, self.eps)
 
 
 class Rope:

@@ -101,7 +101,7 @@ def model_config(
     *,
     patch: int = 8,
     kind: DeepKind = "frame-parallel",
-    window: int = 8,
+    window: int = 6,
     noise: float = 0.05,
 ) -> ModelConfig:
     """A configuration from one dial: `size` layers deep, 48 channels wide a layer.
@@ -111,6 +111,5 @@ def model_config(
     codec = PixelCodecConfig(height, width, patch)
     deep = TransformerConfig(width=48 * size, depth=size, head_dim=48, window=window)
     shallow = TransformerConfig(width=48 * max(1, size // 2), depth=2 if kind == "frame-parallel" else 1, head_dim=48)
-    blocks = 3 if kind == "frame-parallel" else 2
-    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, blocks, kind)
+    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, kind=kind)
     return ModelConfig(codec, flow, noise)

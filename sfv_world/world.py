@@ -4,19 +4,19 @@ A frame's randomness is a pure function of its row's seed and its number since t
 give the same frames, whatever the other rows do and however often a state was copied, saved or moved.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsInt
 
 import gymnasium as gym
-import math
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sfv_world.checkpoint import STARTS, load_model, load_tensors, save_tensors
-from sfv_world.control.spaces import flatten_actions
+from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.frames import FrameReport, StreamState, imagine_frame, read_frame, read_video
 from sfv_world.decoding.solver import DecodingConfig
@@ -32,6 +32,8 @@ class WorldState:
 
     stream: StreamState
     """The flow's memory of the past."""
+    frames: UInt8[Tensor, "b h w 3"]
+    """The last frame, as `WorldOutput.frames` has it."""
     seeds: Int[np.ndarray, "b"]
     """Seed of every row."""
     ages: Int[np.ndarray, "b"]
@@ -45,10 +47,17 @@ class WorldState:
 
     def __getitem__(self, rows: Any) -> "WorldState":
         """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
+        self.check()
         index = np.atleast_1d(np.arange(len(self))[rows])
-        device = self.stream.cache.visible.device
-        stream = self.stream.rows(torch.from_numpy(index).to(device))
-        return WorldState(stream, self.seeds[index], self.ages[index])
+        places = torch.from_numpy(index).to(self.frames.device)
+        return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index])
+
+    def check(self) -> None:
+        """Raises a ValueError if the state was used up."""
+        if self.spent:
+            raise ValueError(
+                "state: expected one that was not used up, got one that was. Keep a copy (state[:]) before a step."
+            )
 
 
 class WorldOutput(NamedTuple):
@@ -99,10 +108,15 @@ class World:
         decoding: DecodingConfig | None = None,
         starts: dict[str, Tensor] | None = None,
         about: dict[str, Any] | None = None,
-        name: str = "world",
+        folder: Path | None = None,
     ):
         self.model, self.decoding = model.eval(), decoding or DecodingConfig()
-        self.starts, self.about, self.name = starts, about or {}, name
+        self.starts, self.about, self.folder = starts, about or {}, folder
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name if self.folder else "world"
 
     @property
     def action_space(self) -> gym.Space[Any]:
@@ -204,7 +218,7 @@ class World:
     def _reset(self, frames: Tensor, vectors: Tensor, known: Tensor, seeds: np.ndarray) -> WorldState:
         tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64))
         stream, _ = read_video(self.model.flow, tokens, self.model.controls(vectors, known))
-        return WorldState(stream, seeds, np.full(len(seeds), frames.shape[1]))
+        return WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
 
     def _next(self, state: WorldState, report: FrameReport, frames: Tensor) -> tuple[WorldState, WorldOutput]:
         log_likelihood = report.log_prob.sum(-1) + self.model.codec.log_det
@@ -223,7 +237,7 @@ class World:
             certificate=report.certificate,
             noise=report.noise,
         )
-        return WorldState(state.stream, state.seeds, state.ages + 1), output
+        return WorldState(state.stream, frames, state.seeds, state.ages + 1), output
 
     def _bits(self, log_likelihood: Tensor) -> Tensor:
         return -log_likelihood / (math.log(2) * self.model.config.colour_values)
@@ -242,8 +256,7 @@ class World:
         return self.model.noised_tokens(frames, *arrays)
 
     def _controls(self, state: WorldState, actions: Any) -> Tensor:
-        if state.spent:
-            raise ValueError("state: expected one that was not used up, got one that was. Keep a copy (state[:]) before a step.")
+        state.check()
         rows = len(state)
         if actions is None:
             vectors = np.zeros((rows, self._action_size), np.float32)
@@ -256,7 +269,7 @@ class World:
         """Vectors (rows, frames, n) of what led to each frame, and whether that is known."""
         vectors = np.zeros((rows, frames, self._action_size), np.float32)
         known = np.zeros((rows, frames), bool)
-        if actions is not None and frames > 1:
+        if actions is not None:
             vectors[:, 1:] = flatten_actions(self.action_space, actions, (rows, frames - 1))
             known[:, 1:] = True
         return torch.from_numpy(vectors).to(self.device), torch.from_numpy(known).to(self.device)
@@ -267,19 +280,19 @@ class World:
 
     def _seeds(self, seeds: Any, rows: int) -> np.ndarray:
         array = np.arange(rows) if seeds is None else np.atleast_1d(np.asarray(seeds))
-        if array.shape != (rows,) or array.dtype.kind not in "iu" or (array < 0).any():
-            raise ValueError(f"seeds: expected {rows} integers of at least 0, one per row, got {seeds!r}.")
+        if array.shape != (rows,) or array.dtype.kind not in "iu" or ((array < 0) | (array >= 2**63)).any():
+            raise ValueError(f"seeds: expected {rows} integers from 0 to 2**63 - 1, one per row, got {seeds!r}.")
         return array.astype(np.int64)
 
     def _frames(self, frames: Any, dimensions: int) -> Tensor:
-        tensor = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames))
+        copy = frames.clone() if isinstance(frames, Tensor) else np.array(frames)
         lead = "(B, K" if dimensions == 5 else "(B"
         expected = f"{lead}, {', '.join(map(str, self.frame_shape))}) uint8"
-        if tensor.dtype != torch.uint8:
-            raise ValueError(f"frames: expected {expected}, got {tensor.dtype}. Give colours from 0 to 255 as uint8.")
-        if tensor.ndim != dimensions or tuple(tensor.shape[-3:]) != self.frame_shape or 0 in tensor.shape:
-            raise ValueError(f"frames: expected {expected}, got shape {tuple(tensor.shape)}. Resize with cv2.INTER_AREA.")
-        return tensor.to(self.device)
+        if copy.dtype not in (torch.uint8, np.dtype(np.uint8)):
+            raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
+        if copy.ndim != dimensions or tuple(copy.shape[-3:]) != self.frame_shape or 0 in copy.shape:
+            raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
+        return torch.as_tensor(copy, device=self.device)
 
 
 def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: DecodingConfig | None = None) -> World:
@@ -295,10 +308,14 @@ def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: D
         shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
         raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
     model, about = load_model(folder, device)
-    starts = None
+    world = World(model, decoding, None, about, folder.resolve())
     if (folder / STARTS).exists():
-        starts, _ = load_tensors(folder / STARTS)
-    return World(model, decoding, starts, about, str(name))
+        world.starts, _ = load_tensors(folder / STARTS)
+        expected = {"frames": world.frame_shape, "actions": (action_size(world.action_space),)}
+        found = {name: tuple(tensor.shape) for name, tensor in world.starts.items()}
+        if {name: shape[2:] for name, shape in found.items()} != expected or len({s[:2] for s in found.values()}) > 1:
+            raise ValueError(f"{folder / STARTS}: expected (count, K) each of {expected}, got {found}. Train it again.")
+    return world
 
 
 def save_starts(folder: Path, episodes: Episodes, count: int = 32, frames: int = 4) -> None:
@@ -313,6 +330,6 @@ def save_starts(folder: Path, episodes: Episodes, count: int = 32, frames: int =
     save_tensors(folder / STARTS, tensors)
 
 
-def _generator(seed: int, age: int, purpose: int) -> np.random.Generator:
+def _generator(seed: SupportsInt, age: SupportsInt, purpose: int) -> np.random.Generator:
     """A counter-based generator (Philox) for one purpose of one frame of one row."""
     return np.random.Generator(np.random.Philox(key=[int(seed), 2 * int(age) + purpose]))

@@ -15,7 +15,7 @@ class ControlEncoder(nn.Module):
 
     def __init__(self, action_size: int, width: int, tokens: int = 4):
         super().__init__()
-        self.tokens = tokens
+        self.action_size, self.tokens = action_size, tokens
         self.project = nn.Sequential(nn.Linear(action_size, width), nn.SiLU(), nn.Linear(width, tokens * width))
         self.absent = nn.Parameter(torch.randn(tokens, width))
 

@@ -4,6 +4,7 @@ Discrete parts become one-hot, bounded boxes are scaled to [-1, 1], unbounded on
 vectorised counterpart of `gymnasium.spaces.flatten`, with values a network likes.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -72,18 +73,18 @@ def flatten_actions(
             hot = [np.eye(n, dtype=np.float32)[o] for n, o in zip(space.nvec.flat, _columns(offsets, batch), strict=True)]
             return np.concatenate(hot, axis=-1)
         case spaces.MultiBinary():
-            return _integers(array, 0, 2, space, name).reshape(*batch, -1).astype(np.float32)
+            return _integers(array, 0, 2, space, name).reshape(*batch, action_size(space)).astype(np.float32)
         case spaces.Box():
-            return _box(array, space, name).reshape(*batch, -1)
+            return _box(array, space, name).reshape(*batch, action_size(space))
     raise ValueError(f"{name}: {space} is not a space of actions that controls can be made of.")
 
 
 def _columns(array: np.ndarray, batch: tuple[int, ...]) -> list[np.ndarray]:
-    return list(np.moveaxis(array.reshape(*batch, -1), -1, 0))
+    return list(np.moveaxis(array.reshape(*batch, math.prod(array.shape[len(batch) :])), -1, 0))
 
 
 def _integers(array: np.ndarray, low: Any, high: Any, space: spaces.Space[Any], name: str) -> np.ndarray:
-    if array.dtype.kind not in "iub":
+    if array.dtype.kind not in "iub" and array.size:
         raise ValueError(f"{name}: expected integers for {space}, got dtype {array.dtype}.")
     if ((array < low) | (array >= high)).any():
         raise ValueError(f"{name}: expected values inside {space}, got values from {array.min()} to {array.max()}.")

@@ -108,7 +108,7 @@ def solve(
     tokens = draft.clone()
     features = noise.new_empty(rows, length, block.config.width)
     sweeps = torch.zeros(rows, dtype=torch.long, device=noise.device)
-    certificate = torch.zeros(rows, device=noise.device)
+    certificate = noise.new_zeros(rows)
     for start in range(0, length, size or length):
         at = slice(start, min(start + (size or length), length))
         limit = max_sweeps or at.stop - at.start + 1

@@ -1,7 +1,7 @@
 """The affine map of an autoregressive flow: z = (x - mu) / sigma, with mu and sigma predicted by a Transformer.
 
 TARFlow (arXiv 2412.06329) with the softplus parameterisation and soft clipping of STARFlow (arXiv 2506.06276).
-Always float32.
+At least float32, whatever the Transformer computes in.
 """
 
 import math
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from sfv_world.layers import at_least_float32
 
 SOFT_CLIP = 4.0
 SOFTPLUS_ONE = 0.541324854612918  # softplus(SOFTPLUS_ONE) = 1
@@ -28,7 +30,7 @@ class Fields(NamedTuple):
 
         The soft clip 4 tanh(. / 4) keeps |mu| <= 4 and sigma in [0.031, 4.55]; zeros give the identity map.
         """
-        clipped = SOFT_CLIP * torch.tanh(parameters.float() / SOFT_CLIP)
+        clipped = SOFT_CLIP * torch.tanh(at_least_float32(parameters) / SOFT_CLIP)
         a, b = clipped.chunk(2, dim=-1)
         return cls(mu=b, sigma=F.softplus(a + SOFTPLUS_ONE))
 

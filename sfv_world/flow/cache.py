@@ -21,8 +21,8 @@ class FrameCache:
     is rewritten by every sweep until `advance` makes it part of the past.
     """
 
-    keys: Float[Tensor, "layers rows heads window*slots head_dim"]
-    values: Float[Tensor, "layers rows heads window*slots head_dim"]
+    keys: Float[Tensor, "layers rows heads slots_of_all_frames head_dim"]
+    values: Float[Tensor, "layers rows heads slots_of_all_frames head_dim"]
     visible: Bool[Tensor, "rows window"]
     clock: int
 

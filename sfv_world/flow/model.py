@@ -9,6 +9,7 @@ which then carry what is left to say within the frame. Both are exact.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -113,6 +114,16 @@ class ShallowFlow(nn.Module):
             tokens, total = self.orient(index, z), total + self.orient(index, log_det[..., None])[..., 0]
         return tokens, total, stages
 
+    def inverse(
+        self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
+    ) -> Float[Tensor, "n l c"]:
+        """latents -> tokens, one after the other."""
+        for index, block in reversed(list(enumerate(self.blocks))):
+            z, c = self.orient(index, latents), None if condition is None else self.orient(index, condition)
+            start = block.sos_embed.expand(len(z), -1, -1)
+            latents = self.orient(index, block.inverse(z, block.new_cache(len(z)), start, condition=c))
+        return latents
+
 
 class VideoFlow(nn.Module):
     """The normalizing flow over videos of noised tokens, conditioned on control tokens."""
@@ -156,6 +167,31 @@ class VideoFlow(nn.Module):
         noise, deep_log_det = fields.normalise(latents)
         log_det = rearrange(log_det, "(b t) l -> b t l", t=frames) + deep_log_det
         return Encoding(noise, log_det, latents, features, fields)
+
+    @torch.no_grad()
+    def inverse(
+        self, noise: Float[Tensor, "b t l c"], controls: Float[Tensor, "b t k d"] | None = None
+    ) -> Float[Tensor, "b t l c"]:
+        """noise -> tokens: the inverse of `forward`, frame by frame and token by token.
+
+        The definition that `decoding`, which does the same in few passes, is held against.
+        """
+        cache, frames = self.deep.new_cache(len(noise)), []
+        carried = self.deep.sos_embed.expand(len(noise), -1, -1)
+        if self.config.kind == "frame-parallel":
+            carried = carried.expand(-1, self.config.tokens, -1)
+        for n in range(noise.shape[1]):
+            z, control = noise[:, n], None if controls is None else controls[:, n]
+            if self.config.kind == "frame-parallel":
+                features = self.deep.decode(carried, cache, controls=control)
+                latents = self.deep.fields(features).denormalise(z)
+                carried = tokens = self.shallow.inverse(latents, features)
+            else:
+                latents = self.deep.inverse(z, cache, carried, control)
+                tokens, carried = self.shallow.inverse(latents), latents[:, -1:]
+            cache.advance()
+            frames.append(tokens)
+        return torch.stack(frames, dim=1)
 
     def log_prob(self, tokens: Float[Tensor, "b t l c"], controls: Float[Tensor, "b t k d"] | None = None) -> Tensor:
         """log p(x_n | x_<n, a_<n) of every frame, (b, t), in nats."""

@@ -114,8 +114,24 @@ class SlotTransformer(nn.Module):
             x = layer(x, turn, partial(cache.attend, index, at=at, mask=mask), controls)
         return self.final_norm(x)
 
+    def inverse(
+        self,
+        noise: Float[Tensor, "b l c"],
+        cache: FrameCache,
+        before: Float[Tensor, "b 1 c"],
+        controls: Float[Tensor, "b k d"] | None = None,
+        condition: Float[Tensor, "b l e"] | None = None,
+    ) -> Float[Tensor, "b l c"]:
+        """Noise -> the tokens of the current frame of `cache`, one after the other (token order); slot 0 carries `before`."""
+        tokens = [before]
+        for i in range(self.slots):
+            at = slice(i, i + 1)
+            features = self.decode(tokens[-1], cache, at, controls, None if condition is None else condition[:, at])
+            tokens.append(self.fields(features).denormalise(noise[:, at]))
+        return torch.cat(tokens[1:], dim=1)
+
     def fields(self, features: Float[Tensor, "*b l w"]) -> Fields:
-        """Mean and scale of the tokens that the slots predict, in float32."""
+        """Mean and scale of the tokens that the slots predict, in at least float32."""
         with torch.autocast(features.device.type, enabled=False):
             return Fields.from_parameters(self.proj_out(features))
 

@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -53,15 +53,15 @@ class TrainConfig:
     """Continue the run in `out`, which must have the same configuration up to its length."""
     patch: int = 8
     """Side of a patch, in pixels."""
-    window: int = 8
+    window: int = 6
     """Frames the deep flow sees."""
     noise: float = 0.05
     """Standard deviation of the noise on pixels in [-1, 1]."""
-    clip: int = 8
+    clip: int = 10
     """Frames of a clip."""
-    batch: int = 6
+    batch: int = 2
     """Clips of a batch."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     warmup: int = 50
     """Steps in which the learning rate rises; after them it falls along a cosine to 1% of its peak."""
@@ -98,7 +98,9 @@ class Trainer:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
-        if not config.resume and (config.out / STATE).exists():
+        if config.resume != (config.out / STATE).exists():
+            if config.resume:
+                raise ValueError(f"resume: expected a training run in {config.out}, found no {STATE}. Leave out --resume.")
             raise ValueError(f"out: {config.out} holds a training run. Add --resume to continue it, or name another folder.")
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
@@ -124,6 +126,11 @@ class Trainer:
         self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed)
         if config.resume:
             self._load()
+
+    @property
+    def averaged(self) -> WorldModel:
+        """The model with the moving average of the weights: the world that is saved."""
+        return cast(WorldModel, self.average.module)
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last validation's numbers."""
@@ -163,7 +170,7 @@ class Trainer:
 
     def validate(self, batches: int = 4) -> dict[str, float]:
         """Means over fixed clips of held-out episodes, by the averaged weights."""
-        model, config = self.average.module, self.config
+        model, config = self.averaged, self.config
         sampler = ClipSampler(self.held_out, config.clip, 16, seed=1)
         generator = torch.Generator(config.device).manual_seed(config.seed)
         objective = ObjectiveConfig(action_dropout=0.0)
@@ -186,13 +193,13 @@ class Trainer:
             "held_out": {name: round(value, 4) for name, value in validation.items()},
         }
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        state |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        state |= {f"average.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
         metadata = {"step": str(self.step), "elapsed": repr(self.elapsed), "config": json.dumps(self._identity())}
         save_tensors(config.out / STATE, state, metadata)
         save_starts(config.out, self.held_out)
-        save_model(config.out, self.average.module, about)
+        save_model(config.out, self.averaged, about)
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
@@ -242,7 +249,7 @@ class Trainer:
             part, rest = name.split(".", 1)
             parts[part][rest] = tensor
         self.model.load_state_dict(parts["model"])
-        self.average.module.load_state_dict(parts["average"])
+        self.averaged.load_state_dict(parts["average"])
         state: dict[int, dict[str, Any]] = {}
         for name, tensor in parts["optimizer"].items():
             index, slot = name.split(".", 1)
@@ -253,7 +260,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """Writes a film of an imagined held-out episode above the real one."""
-        compare(World(self.average.module), self.held_out, self.config.out / "samples" / f"{self.step:06d}.mp4", rows=4, frames=24)
+        compare(World(self.averaged), self.held_out, self.config.out / "samples" / f"{self.step:06d}.mp4", rows=4, frames=24)
 
 
 def train(config: TrainConfig) -> dict[str, float]:

@@ -1,0 +1,248 @@
+"""A learned world as a Gymnasium environment: one row of a `World`, frame by frame.
+
+`reset` reads observed frames, `step` imagines the next one and says how likely it was.
+"""
+
+import copy
+import warnings
+import zlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from jaxtyping import UInt8
+
+from sfv_world.world import World, WorldState, load_world
+
+ENLARGED = 8
+"""Side of a pixel in the window of render mode "human"."""
+
+
+@dataclass(frozen=True)
+class EnvState:
+    """Where an environment stands: what `WorldEnv.save_state` gives and `WorldEnv.restore_state` takes."""
+
+    row: WorldState
+    """The world's state."""
+    terminated: bool
+    """Whether the episode has ended."""
+    world: int
+    """Checksum of the world that the state belongs to."""
+
+
+class WorldEnv(gym.Env[np.ndarray, Any]):
+    """A learned world behind the Gymnasium API: `gymnasium.make("sfv_world/World-v0", world=...)`.
+
+    **Observations** are frames, (H, W, 3) uint8. The first one after `reset` is the last observed frame, all others
+    are imagined. **Actions** are those of the environment that the world learned from. The **reward** is the
+    expected one, given whether the episode ends with the frame. **Termination** is drawn with its predicted
+    probability. There is no truncation but that of `max_episode_steps`.
+
+    `step` has in its `info`:
+
+    - `log_likelihood`: log p(frame | all before it, actions), in nats, of the noised pixels in [-1, 1]
+    - `bits_per_dim`: the same in bits per colour value, negated
+    - `sweeps`: passes of the deep flow that decoding took
+    - `certificate`: max|z' - z| between the frame's exact noise and the noise asked for
+    - `termination_probability`: of ending with this frame
+
+    An episode is a function of its seed, its observed frames and its actions.
+
+    Args:
+        world: the name of a shipped world, a world's folder, or a `World`.
+        device: where to load the world, by default the CPU; a `World` stays where it is.
+        render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step.
+        decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature) to set.
+
+    Raises:
+        ValueError: if there is no such world or an argument is out of range.
+
+    Example:
+        >>> import gymnasium as gym, sfv_world
+        >>> env = gym.make("sfv_world/World-v0", world="doom-basic", max_episode_steps=100)  # doctest: +SKIP
+        >>> frame, info = env.reset(seed=0)  # doctest: +SKIP
+        >>> frame, reward, terminated, truncated, info = env.step(env.action_space.sample())  # doctest: +SKIP
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(
+        self,
+        world: World | str | Path,
+        *,
+        device: str | torch.device | None = None,
+        render_mode: str | None = None,
+        **decoding: Any,
+    ):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode: expected None, 'human' or 'rgb_array', got {render_mode!r}.")
+        if not isinstance(world, World):
+            world = load_world(world, device or "cpu")
+        elif device is not None and torch.device(device).type != world.device.type:
+            raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
+        self.world = copy.copy(world)
+        self.world.decoding = replace(world.decoding, **decoding)
+        self.render_mode = render_mode
+        self.metadata = {**self.metadata, "render_fps": world.about.get("data", {}).get("fps") or 10}
+        self.observation_space = spaces.Box(0, 255, world.frame_shape, np.uint8)
+        self.action_space = copy.deepcopy(world.action_space)
+        self._state: WorldState | None = None
+        self._terminated = False
+        self._window: str | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], dict[str, Any]]:
+        """Begins an episode at observed frames.
+
+        Args:
+            seed: seeds `np_random`, which decides the episode's randomness and, without options, where it starts.
+            options: "frames", (K, H, W, 3) uint8, and "actions", the K-1 actions between them: an array with the
+                actions in its first dimension, for Dict and Tuple spaces a dict or tuple of such. By default, the
+                episode starts at one of the start frames that came with the world.
+
+        Returns:
+            The last observed frame and an empty info.
+
+        Raises:
+            ValueError: if an option is unknown, missing, or not as the world expects; the episode then goes on.
+        """
+        observed = self._observed(options or {})
+        super().reset(seed=seed)
+        row_seed = [self.np_random.integers(2**63)]
+        self._state = self.world.reset(*observed, row_seed) if observed else self.world.start(row_seed)
+        self._terminated = False
+        return self._observation(), {}
+
+    def step(self, action: Any) -> tuple[UInt8[np.ndarray, "h w 3"], float, bool, bool, dict[str, Any]]:
+        """Imagines the next frame.
+
+        Raises:
+            ResetNeeded: if no episode has begun or it has ended.
+            ValueError: if the action is not of the action space; nothing has changed then.
+        """
+        state = self._current("step")
+        if self._terminated:
+            raise ResetNeeded("step: expected an episode that goes on, got one that has ended. Call reset() first.")
+        self._state, output = self.world.step(state, _one(self.action_space, action))
+        self._terminated = bool(output.terminated)
+        certificate, tolerance = output.certificate.item(), self.world.decoding.tolerance
+        if not certificate <= tolerance:
+            warnings.warn(
+                f"certificate: expected at most {tolerance:g}, got {certificate:.3g}. Decoding stopped before the "
+                "frame converged: its log-likelihood is exact, but it is not quite a sample. Raise max_sweeps.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        info = {
+            "log_likelihood": output.log_likelihood.item(),
+            "bits_per_dim": output.bits_per_dim.item(),
+            "sweeps": output.sweeps.item(),
+            "certificate": certificate,
+            "termination_probability": output.termination_probability.item(),
+        }
+        return self._observation(), output.reward.item(), self._terminated, False, info
+
+    def render(self) -> UInt8[np.ndarray, "h w 3"] | None:
+        """The current frame in render mode "rgb_array"; in "human" it is shown in a window instead."""
+        if self.render_mode is None:
+            gym.logger.warn("render_mode: expected 'human' or 'rgb_array', got None. Give one to gymnasium.make.")
+            return None
+        frame = self._frame("render")
+        if self.render_mode == "rgb_array":
+            return frame
+        import cv2
+
+        self._window = f"sfv_world: {self.world.name}"
+        cv2.imshow(self._window, frame.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1)[..., ::-1])
+        cv2.waitKey(1)
+        return None
+
+    def close(self) -> None:
+        """Closes the window, if there is one."""
+        if self._window is not None:
+            import cv2
+
+            if cv2.getWindowProperty(self._window, cv2.WND_PROP_VISIBLE) > 0:
+                cv2.destroyWindow(self._window)
+            self._window = None
+
+    def save_state(self) -> EnvState:
+        """Where the episode stands, as a value: a copy that later steps do not change.
+
+        Raises:
+            ResetNeeded: if no episode has begun.
+        """
+        return EnvState(self._current("save_state")[:], self._terminated, self._checksum)
+
+    def restore_state(self, state: Any) -> None:
+        """Continues from a saved state, bit for bit as the first time if the actions are the same.
+
+        It may be restored any number of times, and in any environment of the same world. `np_random`, which seeds
+        later episodes, goes on as it is, and so do wrappers: `max_episode_steps` counts steps, not frames.
+
+        Raises:
+            ValueError: if the state is none, or another world's; nothing has changed then.
+        """
+        if not isinstance(state, EnvState):
+            raise ValueError(f"state: expected what save_state returned, got {type(state).__name__}.")
+        if state.world != self._checksum or state.row.frames.device != self.world.device:
+            raise ValueError(
+                f"state: expected one of {self.world.name} on {self.world.device}, got one of another world, "
+                f"on {state.row.frames.device}. Restore it in an environment of the world it was saved from."
+            )
+        self._state, self._terminated = state.row[:], state.terminated
+
+    @cached_property
+    def _checksum(self) -> int:
+        """Of the world's configuration and weights."""
+        model = self.world.model
+        checksum = zlib.crc32(repr(model.config).encode())
+        for tensor in model.state_dict().values():
+            checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy(), checksum)
+        return checksum
+
+    def _current(self, name: str) -> WorldState:
+        if self._state is None:
+            raise ResetNeeded(f"{name}: expected an episode that has begun, got none. Call reset() first.")
+        return self._state
+
+    def _frame(self, name: str) -> np.ndarray:
+        return self._current(name).frames[0].cpu().numpy().copy()
+
+    def _observation(self) -> np.ndarray:
+        """The current frame, which a person sees as well."""
+        if self.render_mode == "human":
+            self.render()
+        return self._frame("step")
+
+    def _observed(self, options: dict[str, Any]) -> tuple[Any, ...]:
+        """Frames and actions of one row, batched for `World.reset`; nothing if none are given."""
+        if not options:
+            return ()
+        if options.keys() != {"frames", "actions"}:
+            raise ValueError(
+                f"options: expected both 'frames' and 'actions', or none of them, got {list(options)}. Give K observed "
+                "frames and the K-1 actions between them, or nothing to begin at a start frame of the world."
+            )
+        frames, actions = np.asarray(options["frames"])[None], options["actions"]
+        none = frames.shape[1:2] == (1,) and len(actions) == 0
+        return frames, None if none else _one(self.action_space, actions)
+
+
+def _one(space: spaces.Space[Any], actions: Any) -> Any:
+    """Actions of one row as those of a batch: a leading dimension of 1 for every array of the tree."""
+    match space:
+        case spaces.Dict() if isinstance(actions, dict) and actions.keys() == space.spaces.keys():
+            return {name: _one(part, actions[name]) for name, part in space.spaces.items()}
+        case spaces.Tuple() if isinstance(actions, tuple | list) and len(actions) == len(space.spaces):
+            return tuple(_one(part, action) for part, action in zip(space.spaces, actions, strict=True))
+        case spaces.Dict() | spaces.Tuple():
+            return actions  # not of the space: the world says so
+    return np.asarray(actions)[None]

@@ -1,0 +1,37 @@
+"""The command line: `sfv-world collect | train | evaluate | demo`. Options come from each command's config dataclass."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+import sfv_world.envs  # noqa: F401  (registers the environment ids)
+from sfv_world.data.collect import CollectConfig, collect
+from sfv_world.demo import DemoConfig, demo
+from sfv_world.evaluation import EvaluateConfig, evaluate
+from sfv_world.training.trainer import TrainConfig, train
+
+COMMANDS: dict[type, Callable[[Any], Any]] = {CollectConfig: collect, TrainConfig: train, EvaluateConfig: evaluate, DemoConfig: demo}
+Command = (
+    Annotated[CollectConfig, tyro.conf.subcommand("collect", description="Record a real environment into a Minari dataset.")]
+    | Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train a world on a recording.")]
+    | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Measure a world on held-out episodes.")]
+    | Annotated[DemoConfig, tyro.conf.subcommand("demo", description="Step a world beside the real game.")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command; a user's mistake is one line on standard error and exit status 2."""
+    config: object = tyro.cli(Command, args=arguments, prog="sfv-world", description=__doc__)  # type: ignore[arg-type]
+    try:
+        COMMANDS[type(config)](config)
+    except (ValueError, FloatingPointError) as error:
+        print(f"sfv-world: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The demo: plays a real game for a while, steps a world from the same beginning, and shows both."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from einops import rearrange
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from sfv_world.data.collect import CollectConfig, record_episode
+from sfv_world.agents.policies import HeldRandomPolicy
+from sfv_world.envs.real import make_real
+from sfv_world.film import write_image, write_video
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What to show."""
+
+    world: str = "doom-basic"
+    """Name of a shipped world, or a folder."""
+    out: Path = Path("out/demo")
+    """Folder of the film `demo.mp4` and the contact sheet `demo.png`."""
+    env: str | None = None
+    """Real environment to begin in and to compare with; none: the one whose recording trained the world."""
+    episodes: int = 3
+    """Real episodes to play."""
+    frames: int = 48
+    """Frames to imagine of each, at most."""
+    context: int = 8
+    """Real frames the world observes first."""
+    seed: int = 1
+    """Seed of the real game, its random actions and the world."""
+    device: str = "cpu"
+    """Where to compute."""
+
+
+def demo(config: DemoConfig) -> Path:
+    """Steps a world through `gym.make`, prints what it says of each frame, and writes a film and a contact sheet.
+
+    Each pair of strips is an imagined episode above the real one, under the same actions.
+    """
+    env = gym.make("sfv_world/World-v0", world=config.world, device=config.device)
+    recipe = env.unwrapped.world.about["data"]["recipe"]  # type: ignore[attr-defined]
+    size, skip = recipe["size"], recipe["frame_skip"]
+    real = make_real(config.env or recipe["env"], size=size, frame_skip=skip)
+    recording = CollectConfig(env=recipe["env"], out=config.out, size=size, frame_skip=skip, seed=config.seed)
+    pairs = []
+    for index in range(config.episodes):
+        policy = HeldRandomPolicy(real.action_space, tuple(recipe["hold"]))
+        episode = record_episode(real, policy, recording, index)
+        frames, actions = np.asarray(episode.observations), episode.actions
+        last = min(len(actions), config.context + config.frames)
+        if last <= config.context:
+            continue
+        pairs.append((_imagine(env, frames, actions, config, index, last), frames[config.context : last]))
+    real.close()
+    env.close()
+    if not pairs:
+        raise ValueError(f"context: expected fewer frames than the real episodes have, got {config.context}.")
+    film = np.stack([_same_length([imagined, real], config.frames) for imagined, real in pairs])
+    fps = env.metadata["render_fps"]
+    write_video(config.out / "demo.mp4", rearrange(film, "e two n h w c -> n (two h) (e w) c"), fps)
+    chosen = film[:, :, np.linspace(0, config.frames - 1, 16).astype(int)]
+    write_image(config.out / "demo.png", rearrange(chosen, "e two n h w c -> (e two h) (n w) c"))
+    print(f"wrote {config.out / 'demo.mp4'} and {config.out / 'demo.png'}: imagined above, real below")
+    return config.out
+
+
+def _imagine(
+    env: gym.Env[Any, Any], frames: np.ndarray, actions: Any, config: DemoConfig, index: int, last: int
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Resets to the beginning of a real episode and steps on with its actions, to the end of either."""
+    past = {"frames": frames[: config.context], "actions": actions[: config.context - 1]}
+    env.reset(seed=config.seed + index, options=past)
+    imagined = []
+    for number in tqdm(range(config.context - 1, last - 1), desc=f"episode {index}", unit="frame"):
+        frame, reward, terminated, truncated, info = env.step(actions[number])
+        imagined.append(frame)
+        tqdm.write(
+            f"frame {number + 1:3d}  log-likelihood {info['log_likelihood']:9.1f} nats  {info['bits_per_dim']:6.3f} bits/dim  "
+            f"sweeps {info['sweeps']}  certificate {info['certificate']:.1e}  reward {reward:6.1f}  "
+            f"p(end) {info['termination_probability']:.2f}"
+        )
+        if terminated or truncated:
+            break
+    return np.stack(imagined)
+
+
+def _same_length(films: list[np.ndarray], frames: int) -> UInt8[np.ndarray, "k n h w 3"]:
+    """Films of `frames` frames each; one that ended earlier stays on its last frame."""
+    return np.stack([film[np.minimum(np.arange(frames), len(film) - 1)] for film in films])

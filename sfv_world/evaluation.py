@@ -1,0 +1,251 @@
+"""Measures a world on held-out episodes, against baselines: density, rollouts, rewards and terminations.
+
+Writes `results.json` and the contact sheet `rollouts.png` into the world's folder, and its model card `README.md`.
+"""
+
+import json
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from sfv_world.checkpoint import replacing
+from sfv_world.data.clips import Episodes, load_episodes
+from sfv_world.film import Continuation, compare, imagine, long_clips, take
+from sfv_world.flow.affine import Fields, standard_normal_log_prob
+from sfv_world.world import World, load_world
+
+HORIZONS = (1, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to measure."""
+
+    world: str
+    """Name of a shipped world, or its folder."""
+    data: Path
+    """The recording it was trained on; its held-out episodes are found by the run's own split."""
+    clips: int = 64
+    """Held-out clips to roll out."""
+    rollouts: int = 3
+    """Imagined rollouts of each clip, averaged for PSNR."""
+    context: int = 8
+    """Observed frames before a rollout."""
+    frames: int = 4000
+    """Held-out frames to score, at least."""
+    seed: int = 0
+    """Seed of the choice of clips and of all noise."""
+    out: Path | None = None
+    """Folder for results, card and pictures; none: the world's own."""
+    device: str = "cpu"
+    """Where to compute."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measures a world, prints and writes what was found, and returns it."""
+    world = load_world(config.world, config.device)
+    run = world.about["training"]
+    train, held_out = load_episodes(config.data).split(run["held_out"], run["seed"])
+    results = {
+        "density": density(world, train, held_out, config.frames, config.seed),
+        "outcomes": outcomes(world, held_out, config.seed),
+        "rollouts": rollouts(world, held_out, config),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    folder = config.out or Path(world.folder or ".")
+    with replacing(folder / "results.json") as beside:
+        beside.write_text(json.dumps(results, indent=2) + "\n")
+    compare(world, held_out, folder / "rollouts.mp4", rows=6, frames=32, context=config.context)
+    with replacing(folder / "README.md") as beside:
+        beside.write_text(model_card(world, results))
+    print(tables(results))
+    return results
+
+
+def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed: int) -> dict[str, float]:
+    """Bits per colour value of held-out next frames: the world's, the fitted copy's, and the noise's own entropy.
+
+    The fitted copy is a Gaussian around the clean last frame with a mean and a scale for every channel of a token, fitted to the
+    training episodes with the same noise; the world sees only noised frames.
+    """
+    model, length = world.model, 16
+    noise, dimensions = model.config.noise, model.config.colour_values
+
+    def differences(episodes: Episodes, count: int) -> torch.Tensor:
+        clips = long_clips(episodes, count, 2, seed)
+        tokens = model.codec.encode(model.codec.pixels(torch.from_numpy(clips.frames)))
+        return tokens[:, 1] - tokens[:, 0]
+
+    fit = differences(train, 4000).flatten(0, 1)
+    fields = Fields(fit.mean(0), (fit.var(0) + (noise / model.codec.scale) ** 2).sqrt())
+    found = differences(held_out, frames)
+    found = found + noise / model.codec.scale * torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+    z, log_det = fields.normalise(found)
+    copy = (standard_normal_log_prob(z) + log_det).sum(-1) + model.codec.log_det
+
+    clips = long_clips(held_out, math.ceil(frames / (length - 1)), length, seed)
+    parts = np.array_split(np.arange(len(clips.frames)), math.ceil(len(clips.frames) / 16))
+    bits = torch.cat(
+        [world.score(clips.frames[part], take(clips.actions, part), part).bits_per_dim.cpu() for part in parts]
+    )
+    return {
+        "bits_per_dim": bits[:, 1:].mean().item(),
+        "bits_per_dim_full_context": bits[:, length // 2 :].mean().item(),
+        "bits_per_dim_fitted_copy": (-copy.mean() / (dimensions * math.log(2))).item(),
+        "bits_per_dim_of_the_noise": math.log2(noise * math.sqrt(2 * math.pi * math.e)),
+        "noise": noise,
+        "frames": bits[:, 1:].numel(),
+    }
+
+
+def outcomes(world: World, held_out: Episodes, seed: int, limit: int = 200) -> dict[str, Any]:
+    """Calibration on whole held-out episodes, read frame by frame: a reliability table of terminations, errors of rewards."""
+    probabilities, terminated, rewards, expected = [], [], [], []
+    order = np.random.default_rng(seed).permutation(len(held_out))[:limit]
+    for episode in tqdm(order, desc="outcomes"):
+        one = held_out.select(np.array([episode]))
+        actions = take(one.actions, np.s_[None, : len(one.frames) - 1])
+        score = world.score(one.frames[None], actions, [seed])
+        ended = one.terminations[1:]
+        probabilities.append(score.termination_probability[0, 1:].cpu().numpy())
+        terminated.append(ended)
+        rewards.append(one.rewards[1:])
+        expected.append(score.rewards[0, 1:].cpu().numpy()[np.arange(len(ended)), ended.astype(int)])
+    p, y = np.concatenate(probabilities), np.concatenate(terminated)
+    r, e = np.concatenate(rewards), np.concatenate(expected)
+    edges = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0001])
+    table = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (p >= low) & (p < high)
+        if inside.any():
+            row = {"from": float(low), "to": min(1.0, float(high)), "frames": int(inside.sum())}
+            table.append({**row, "predicted": float(p[inside].mean()), "observed": float(y[inside].mean())})
+    error = sum(row["frames"] * abs(row["predicted"] - row["observed"]) for row in table) / len(p)
+    base = y.mean()
+    return {
+        "termination_reliability": table,
+        "termination_calibration_error": float(error),
+        "termination_brier": float(((p - y) ** 2).mean()),
+        "termination_brier_of_the_base_rate": float(base * (1 - base)),
+        "reward_mean_absolute_error": float(np.abs(r - e).mean()),
+        "reward_mean_absolute_error_of_the_mean": float(np.abs(r - r.mean()).mean()),
+        "reward_bias": float((e - r).mean()),
+        "frames": len(p),
+    }
+
+
+def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[str, Any]:
+    """PSNR of the mean of several imagined rollouts, of one rollout and of copying the last frame, by horizon."""
+    frames = config.context + max(HORIZONS)
+    clips = long_clips(held_out, config.clips, frames, config.seed)
+    runs: list[Continuation] = [
+        imagine(world, clips, config.context, seed=config.seed + run) for run in tqdm(range(config.rollouts), desc="rollouts")
+    ]
+    real = clips.frames[:, config.context :]
+    copy = np.broadcast_to(clips.frames[:, config.context - 1 : config.context], real.shape)
+    mean = np.mean([run.imagined for run in runs], axis=0)
+    outputs = [output for run in runs for output in run.outputs]
+    return {
+        "psnr_of_the_mean": _by_horizon(mean, real),
+        "psnr_of_one": _by_horizon(runs[0].imagined, real),
+        "psnr_of_copying": _by_horizon(copy, real),
+        "rollouts": config.rollouts,
+        "clips": config.clips,
+        "context": config.context,
+        "deep_sweeps": float(np.mean([output.sweeps.float().mean().item() for output in outputs])),
+        "shallow_sweeps": float(np.mean([output.shallow_sweeps.float().mean().item() for output in outputs])),
+        "largest_certificate": max(output.certificate.max().item() for output in outputs),
+    }
+
+
+def psnr(a: Float[np.ndarray, "*b h w 3"], b: UInt8[np.ndarray, "*b h w 3"]) -> Float[np.ndarray, "*b"]:
+    """Peak signal-to-noise ratio of frames with colours from 0 to 255, in decibels."""
+    error = np.square(a.astype(np.float64) - b).mean(axis=(-3, -2, -1))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+
+
+def _by_horizon(imagined: np.ndarray, real: np.ndarray) -> dict[int, float]:
+    return {horizon: float(psnr(imagined[:, horizon - 1], real[:, horizon - 1]).mean()) for horizon in HORIZONS}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    density, outcomes, rolled = results["density"], results["outcomes"], results["rollouts"]
+    horizons = " | ".join(f"{horizon}" for horizon in HORIZONS)
+    lines = [
+        f"**Density**, {density['frames']} held-out frames, bits per colour value (lower is better) at noise {density['noise']}:",
+        "",
+        "| this world | copy of the last frame, fitted Gaussian | entropy of the noise itself |",
+        "| --- | --- | --- |",
+        f"| {density['bits_per_dim']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 frames) "
+        f"| {density['bits_per_dim_fitted_copy']:.3f} | {density['bits_per_dim_of_the_noise']:.3f} |",
+        "",
+        f"**Rollouts** of {rolled['clips']} held-out clips under their real actions, PSNR in dB after so many steps:",
+        "",
+        f"| | {horizons} |",
+        "| --- |" + " --- |" * len(HORIZONS),
+    ]
+    names = {
+        "psnr_of_the_mean": f"mean of {rolled['rollouts']} imagined rollouts",
+        "psnr_of_one": "one imagined rollout, noise included",
+        "psnr_of_copying": "copy of the last observed frame",
+    }
+    for key, name in names.items():
+        lines.append(f"| {name} | " + " | ".join(f"{rolled[key][horizon]:.1f}" for horizon in HORIZONS) + " |")
+    lines += [
+        "",
+        f"Sweeps a frame: {rolled['deep_sweeps']:.1f} of the deep flow, {rolled['shallow_sweeps']:.1f} of shallow blocks; largest "
+        f"certificate {rolled['largest_certificate']:.1e}.",
+        "",
+        f"**Termination** on {outcomes['frames']} held-out frames, Brier score {outcomes['termination_brier']:.5f} "
+        f"(base rate: {outcomes['termination_brier_of_the_base_rate']:.5f}), calibration error "
+        f"{outcomes['termination_calibration_error']:.4f}:",
+        "",
+        "| predicted between | frames | mean prediction | observed |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in outcomes["termination_reliability"]:
+        lines.append(
+            f"| {row['from']:.2f} and {row['to']:.2f} | {row['frames']} | {row['predicted']:.3f} | {row['observed']:.3f} |"
+        )
+    lines += [
+        "",
+        f"**Reward**, given whether the episode ended: mean absolute error {outcomes['reward_mean_absolute_error']:.3f} (of the mean "
+        f"reward: {outcomes['reward_mean_absolute_error_of_the_mean']:.3f}), bias {outcomes['reward_bias']:+.3f}.",
+    ]
+    return "\n".join(lines)
+
+
+def model_card(world: World, results: dict[str, Any]) -> str:
+    """The model card of a trained world, Markdown."""
+    run, data = world.about["training"], world.about["data"]
+    recipe, flow = data.get("recipe", {}), world.model.config.flow
+    size = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
+    frames = run["batch"] * run["clip"] * world.about["steps"]
+    return f"""# {world.name}
+
+A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{world.name}")`.
+
+![Imagined above, real continuation below](rollouts.png)
+
+- **Data**: `{data.get("dataset_id", run["data"])}`, recorded with `{json.dumps(recipe)}`; {run["held_out"]:.0%} of the episodes held out.
+- **Model**: {size:.1f} M parameters, {flow.kind}; deep flow {flow.deep.depth} x {flow.deep.width} over {flow.deep.window} frames, \
+{flow.shallow_blocks} shallow blocks of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
+- **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
+minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on pixels in [-1, 1].
+- **Command**: `sfv-world train --data {run["data"]} --out checkpoints/{world.name} --minutes {run["minutes"]} --threads {run["threads"]}`
+- **The density** is over noised frames: log p(dequantised frame + {run["noise"]} x normal noise | frames before it, actions).
+
+## Results
+
+Measured by `sfv-world evaluate --world {world.name} --data {run["data"]}` ({results["machine"]}).
+
+{tables(results)}
+"""

@@ -1,0 +1,68 @@
+"""What all tests share: shape checks while testing, one thread, and small worlds with random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gymnasium import spaces
+from jaxtyping import install_import_hook
+
+install_import_hook("sfv_world", "beartype.beartype")
+
+from tiny import randomised  # noqa: E402
+
+from sfv_world.checkpoint import STARTS, save_model, save_tensors  # noqa: E402
+from sfv_world.codec.pixels import PixelCodecConfig  # noqa: E402
+from sfv_world.control.spaces import action_size  # noqa: E402
+from sfv_world.flow.model import DeepKind, FlowConfig  # noqa: E402
+from sfv_world.flow.transformer import TransformerConfig  # noqa: E402
+from sfv_world.model import ModelConfig, WorldModel  # noqa: E402
+from sfv_world.world import World, load_world  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def tiny_model(kind: DeepKind, action_space: spaces.Space, seed: int) -> WorldModel:
+    """A model of 16 x 16 frames in 16 tokens, window 3, in which every weight matters."""
+    codec = PixelCodecConfig(16, 16, patch=4)
+    deep, shallow = TransformerConfig(32, 2, head_dim=16, window=3), TransformerConfig(32, 1, head_dim=16)
+    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, kind=kind, control_width=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = randomised(WorldModel(ModelConfig(codec, flow, control_tokens=2), action_space), seed)
+        model.codec.scale.uniform_(0.5, 1.5)
+    # Rewards of a few units, and about one frame in eight ends an episode.
+    with torch.no_grad():
+        bias = model.heads.mlp[-1].bias
+        bias[0] -= 2
+        bias[1:] -= model.heads.bins.abs().log1p().repeat(2) * 3
+    return model
+
+
+@pytest.fixture(scope="session")
+def build_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny world with three start sequences of four frames, and gives its folder."""
+
+    def build(kind: DeepKind = "frame-parallel", action_space: spaces.Space = spaces.Discrete(3), seed: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        save_model(folder, tiny_model(kind, action_space, seed), {"data": {"fps": 8.75}})
+        generator = torch.Generator().manual_seed(seed)
+        frames = torch.randint(256, (3, 4, 16, 16, 3), generator=generator).byte()
+        actions = torch.rand(3, 4, action_size(action_space), generator=generator)
+        save_tensors(folder / STARTS, {"frames": frames, "actions": actions})
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session", params=["frame-parallel", "autoregressive"])
+def tiny_folder(request: pytest.FixtureRequest, build_world: Callable[..., Path]) -> Path:
+    """Folder of a tiny world, of each kind of deep flow; tests must not change it."""
+    return build_world(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tiny_folder: Path) -> World:
+    """A tiny world, of each kind of deep flow; tests must not change it."""
+    return load_world(tiny_folder)

@@ -1,0 +1,122 @@
+"""Training: it learns, resumes exactly, and a run that goes wrong leaves the last good checkpoint."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sfv_world.checkpoint import MODEL, load_model, load_tensors
+from sfv_world.data.collect import CollectConfig, collect
+from sfv_world.training import trainer
+from sfv_world.training.trainer import STATE, TrainConfig, Trainer, train
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "doom"
+    return collect(CollectConfig(env="doom-basic", out=out, frames=200, size=16))
+
+
+@pytest.fixture
+def config(recording, tmp_path):
+    return TrainConfig(
+        data=recording, out=tmp_path / "run", preset="tiny", steps=6, patch=8, clip=4, window=3, held_out=0.3, device="cpu"
+    )
+
+
+def tensors(config):
+    return load_tensors(config.out / STATE)[0] | {f"world.{k}": v for k, v in load_tensors(config.out / MODEL)[0].items()}
+
+
+def test_training_learns(config):
+    config = replace(config, ema=0.9)
+    before = Trainer(config).validate()
+    after = train(replace(config, steps=40))
+    assert after["nats_per_dim"] < before["nats_per_dim"] - 0.05
+    assert after["reward_loss"] < before["reward_loss"]
+    assert (config.out / "samples").exists()
+
+
+def test_a_killed_run_resumes_exactly(config, monkeypatch, tmp_path):
+    whole = replace(config, out=tmp_path / "whole")
+    train(whole)
+
+    every_step = replace(config, validate_minutes=0.0)
+    monkeypatch.setattr(Trainer, "_sample", lambda self: None)
+    real_step = Trainer._train_step
+
+    def killed(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return real_step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(every_step)
+    monkeypatch.setattr(Trainer, "_train_step", real_step)
+    resumed = Trainer(replace(every_step, resume=True))
+    assert resumed.step == 3
+    resumed.run()
+    expected, found = tensors(whole), tensors(config)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(config, monkeypatch):
+    train(config)
+    good = {path.name: path.read_bytes() for path in config.out.glob("*.safetensors")}
+    real_loss = trainer.world_loss
+
+    def poisoned(*arguments):
+        loss, metrics = real_loss(*arguments)
+        return loss * float("nan"), metrics
+
+    monkeypatch.setattr(trainer, "world_loss", poisoned)
+    with pytest.raises(FloatingPointError, match=r"last good checkpoint.*--resume"):
+        train(replace(config, steps=12, resume=True))
+    assert good == {path.name: path.read_bytes() for path in config.out.glob("*.safetensors")}
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(config, monkeypatch):
+    train(config)
+    good = {path.name: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sfv_world.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(replace(config, steps=7, resume=True))
+    assert good == {path.name: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+
+
+def test_the_world_is_the_moving_average(config):
+    run = Trainer(config)
+    run.run()
+    model, about = load_model(config.out)
+    assert about["steps"] == 6
+    for name, tensor in run.averaged.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    assert any(not torch.equal(tensor, model.state_dict()[name]) for name, tensor in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["frame-parallel", "autoregressive"])
+def test_minutes_end_a_run(config, kind):
+    run = Trainer(replace(config, kind=kind, steps=None, minutes=0.005))
+    run.run()
+    assert run.elapsed >= 0.3
+    assert (config.out / MODEL).exists()
+
+
+def test_mistakes_are_told(config):
+    with pytest.raises(ValueError, match="steps, minutes: expected at least one"):
+        replace(config, steps=None)
+    train(config)
+    with pytest.raises(ValueError, match="Add --resume"):
+        Trainer(config)
+    with pytest.raises(ValueError, match=r"expected the configuration of the run.*noise"):
+        Trainer(replace(config, resume=True, noise=0.1))
+    with pytest.raises(ValueError, match="resume: expected a training run"):
+        Trainer(replace(config, resume=True, out=config.out.parent / "nothing"))

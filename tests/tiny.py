@@ -1,0 +1,58 @@
+"""Tiny flows with random weights everywhere, so that nothing is the identity and a law that is broken fails."""
+
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sfv_world.flow.model import DeepKind, FlowConfig, VideoFlow
+from sfv_world.flow.transformer import TransformerConfig
+
+KINDS: tuple[DeepKind, ...] = ("frame-parallel", "autoregressive")
+CONTROL_WIDTH = 5
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def randomised(module: Module, seed: int = 0, scale: float = 0.15) -> Module:
+    """Moves every parameter, zero-initialised gates and projections too, away from where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def tiny_flow(
+    kind: DeepKind = "frame-parallel",
+    *,
+    grid: tuple[int, int] = (2, 2),
+    channels: int = 3,
+    window: int = 3,
+    depth: int = 2,
+    blocks: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 0.15,
+) -> VideoFlow:
+    """A video flow of width 16 with random weights, in evaluation mode."""
+    deep = TransformerConfig(width=16, depth=depth, head_dim=16, window=window)
+    shallow = replace(deep, depth=1, window=1)
+    config = FlowConfig(channels, grid, deep, shallow, blocks, kind, CONTROL_WIDTH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flow = VideoFlow(config)
+    return randomised(flow, seed + 1, scale).to(dtype).eval()
+
+
+def video(flow: VideoFlow, rows: int, frames: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random tokens of videos and control tokens of the actions that led to their frames."""
+    config, dtype = flow.config, flow.deep.proj_in.weight.dtype
+    tokens = normal(rows, frames, config.tokens, config.channels, seed=seed, dtype=dtype)
+    return tokens, normal(rows, frames, 2, config.control_width, seed=seed + 1, dtype=dtype)
