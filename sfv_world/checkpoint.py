@@ -89,7 +89,9 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldM
         model_config = TypeAdapter(ModelConfig).validate_python(config["model"])
         action_space = deserialize_space(json.dumps(config["action_space"]))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder}: expected a world's folder, with {CONFIG} and {MODEL}; found no {CONFIG}.") from None
+        raise ValueError(
+            f"{folder}: expected a world's folder, with {CONFIG} and {MODEL}; found no {CONFIG}."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path}: expected a world's configuration, got one that cannot be read ({error}).") from error
     tensors, _ = load_tensors(folder / MODEL, device)

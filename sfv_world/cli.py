@@ -12,9 +12,16 @@ from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig, evaluate
 from sfv_world.training.trainer import TrainConfig, train
 
-COMMANDS: dict[type, Callable[[Any], Any]] = {CollectConfig: collect, TrainConfig: train, EvaluateConfig: evaluate, DemoConfig: demo}
+COMMANDS: dict[type, Callable[[Any], Any]] = {
+    CollectConfig: collect,
+    TrainConfig: train,
+    EvaluateConfig: evaluate,
+    DemoConfig: demo,
+}
 Command = (
-    Annotated[CollectConfig, tyro.conf.subcommand("collect", description="Record a real environment into a Minari dataset.")]
+    Annotated[
+        CollectConfig, tyro.conf.subcommand("collect", description="Record a real environment into a Minari dataset.")
+    ]
     | Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train a world on a recording.")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Measure a world on held-out episodes.")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo", description="Step a world beside the real game.")]
@@ -23,7 +30,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; a user's mistake is one line on standard error and exit status 2."""
-    config: object = tyro.cli(Command, args=arguments, prog="sfv-world", description=__doc__)  # type: ignore[arg-type]
+    config: object = tyro.cli(Command, args=arguments, prog="sfv-world", description=__doc__)
     try:
         COMMANDS[type(config)](config)
     except (ValueError, FloatingPointError) as error:

@@ -10,8 +10,8 @@ from einops import rearrange
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.agents.policies import HeldRandomPolicy
+from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
 from sfv_world.film import write_image, write_video
 

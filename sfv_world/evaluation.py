@@ -7,6 +7,7 @@ import json
 import math
 import platform
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import Episodes, load_episodes
 from sfv_world.film import Continuation, compare, imagine, long_clips, take
@@ -122,7 +124,7 @@ def outcomes(world: World, held_out: Episodes, seed: int, limit: int = 200) -> d
     r, e = np.concatenate(rewards), np.concatenate(expected)
     edges = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0001])
     table = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         inside = (p >= low) & (p < high)
         if inside.any():
             row = {"from": float(low), "to": min(1.0, float(high)), "frames": int(inside.sum())}
@@ -146,7 +148,8 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
     frames = config.context + max(HORIZONS)
     clips = long_clips(held_out, config.clips, frames, config.seed)
     runs: list[Continuation] = [
-        imagine(world, clips, config.context, seed=config.seed + run) for run in tqdm(range(config.rollouts), desc="rollouts")
+        imagine(world, clips, config.context, seed=config.seed + run)
+        for run in tqdm(range(config.rollouts), desc="rollouts")
     ]
     real = clips.frames[:, config.context :]
     copy = np.broadcast_to(clips.frames[:, config.context - 1 : config.context], real.shape)
@@ -173,79 +176,3 @@ def psnr(a: Float[np.ndarray, "*b h w 3"], b: UInt8[np.ndarray, "*b h w 3"]) -> 
 
 def _by_horizon(imagined: np.ndarray, real: np.ndarray) -> dict[int, float]:
     return {horizon: float(psnr(imagined[:, horizon - 1], real[:, horizon - 1]).mean()) for horizon in HORIZONS}
-
-
-def tables(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    density, outcomes, rolled = results["density"], results["outcomes"], results["rollouts"]
-    horizons = " | ".join(f"{horizon}" for horizon in HORIZONS)
-    lines = [
-        f"**Density**, {density['frames']} held-out frames, bits per colour value (lower is better) at noise {density['noise']}:",
-        "",
-        "| this world | copy of the last frame, fitted Gaussian | entropy of the noise itself |",
-        "| --- | --- | --- |",
-        f"| {density['bits_per_dim']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 frames) "
-        f"| {density['bits_per_dim_fitted_copy']:.3f} | {density['bits_per_dim_of_the_noise']:.3f} |",
-        "",
-        f"**Rollouts** of {rolled['clips']} held-out clips under their real actions, PSNR in dB after so many steps:",
-        "",
-        f"| | {horizons} |",
-        "| --- |" + " --- |" * len(HORIZONS),
-    ]
-    names = {
-        "psnr_of_the_mean": f"mean of {rolled['rollouts']} imagined rollouts",
-        "psnr_of_one": "one imagined rollout, noise included",
-        "psnr_of_copying": "copy of the last observed frame",
-    }
-    for key, name in names.items():
-        lines.append(f"| {name} | " + " | ".join(f"{rolled[key][horizon]:.1f}" for horizon in HORIZONS) + " |")
-    lines += [
-        "",
-        f"Sweeps a frame: {rolled['deep_sweeps']:.1f} of the deep flow, {rolled['shallow_sweeps']:.1f} of shallow blocks; largest "
-        f"certificate {rolled['largest_certificate']:.1e}.",
-        "",
-        f"**Termination** on {outcomes['frames']} held-out frames, Brier score {outcomes['termination_brier']:.5f} "
-        f"(base rate: {outcomes['termination_brier_of_the_base_rate']:.5f}), calibration error "
-        f"{outcomes['termination_calibration_error']:.4f}:",
-        "",
-        "| predicted between | frames | mean prediction | observed |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in outcomes["termination_reliability"]:
-        lines.append(
-            f"| {row['from']:.2f} and {row['to']:.2f} | {row['frames']} | {row['predicted']:.3f} | {row['observed']:.3f} |"
-        )
-    lines += [
-        "",
-        f"**Reward**, given whether the episode ended: mean absolute error {outcomes['reward_mean_absolute_error']:.3f} (of the mean "
-        f"reward: {outcomes['reward_mean_absolute_error_of_the_mean']:.3f}), bias {outcomes['reward_bias']:+.3f}.",
-    ]
-    return "\n".join(lines)
-
-
-def model_card(world: World, results: dict[str, Any]) -> str:
-    """The model card of a trained world, Markdown."""
-    run, data = world.about["training"], world.about["data"]
-    recipe, flow = data.get("recipe", {}), world.model.config.flow
-    size = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
-    frames = run["batch"] * run["clip"] * world.about["steps"]
-    return f"""# {world.name}
-
-A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{world.name}")`.
-
-![Imagined above, real continuation below](rollouts.png)
-
-- **Data**: `{data.get("dataset_id", run["data"])}`, recorded with `{json.dumps(recipe)}`; {run["held_out"]:.0%} of the episodes held out.
-- **Model**: {size:.1f} M parameters, {flow.kind}; deep flow {flow.deep.depth} x {flow.deep.width} over {flow.deep.window} frames, \
-{flow.shallow_blocks} shallow blocks of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
-- **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
-minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on pixels in [-1, 1].
-- **Command**: `sfv-world train --data {run["data"]} --out checkpoints/{world.name} --minutes {run["minutes"]} --threads {run["threads"]}`
-- **The density** is over noised frames: log p(dequantised frame + {run["noise"]} x normal noise | frames before it, actions).
-
-## Results
-
-Measured by `sfv-world evaluate --world {world.name} --data {run["data"]}` ({results["machine"]}).
-
-{tables(results)}
-"""

@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 
 from sfv_world.checkpoint import replacing
-from sfv_world.data.clips import ClipSampler, Clips, Episodes
+from sfv_world.data.clips import Clips, ClipSampler, Episodes
 from sfv_world.world import World, WorldOutput
 
 
@@ -38,7 +38,9 @@ def long_clips(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Cli
     """Clips of `frames` frames that lie wholly within episodes, starting at random places."""
     fitting = np.concatenate([np.arange(s, e - frames) for s, e in zip(episodes.starts, episodes.ends, strict=True)])
     if len(fitting) == 0:
-        raise ValueError(f"frames: expected clips shorter than the longest episode ({episodes.lengths.max()}), got {frames}.")
+        raise ValueError(
+            f"frames: expected clips shorter than the longest episode ({episodes.lengths.max()}), got {frames}."
+        )
     chosen = np.random.default_rng(seed).choice(fitting, size=rows)
     return ClipSampler(episodes, frames, rows).clips(chosen)
 

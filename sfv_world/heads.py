@@ -69,7 +69,9 @@ class OutcomeHeads(nn.Module):
         self, outcome: Outcome, rewards: Float[Tensor, "*b"], terminations: Bool[Tensor, "*b"]
     ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         """Cross-entropies (reward given termination, termination) of every frame, in nats."""
-        logits = torch.where(terminations[..., None], outcome.reward_logits[..., 1, :], outcome.reward_logits[..., 0, :])
+        logits = torch.where(
+            terminations[..., None], outcome.reward_logits[..., 1, :], outcome.reward_logits[..., 0, :]
+        )
         reward = -(two_hot(rewards, self.bins) * logits.log_softmax(-1)).sum(-1)
         termination = F.binary_cross_entropy_with_logits(
             outcome.termination_logit, terminations.float(), reduction="none"

@@ -59,7 +59,7 @@ class Rope:
         return torch.stack([angles.cos(), angles.sin()], dim=-2).float()
 
 
-def rotate(x: Float[Tensor, "*b l d"], turn: Float[Tensor, "*c l two p"]) -> Float[Tensor, "*b l d"]:
+def rotate(x: Float[Tensor, "*b l d"], turn: Float[Tensor, "*c #l two p"]) -> Float[Tensor, "*b l d"]:
     """Rotates interleaved pairs (x_0, x_1), (x_2, x_3), ... of the last dimension by the given cosines and sines."""
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = turn[..., 0, :].to(x.dtype), turn[..., 1, :].to(x.dtype)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import gymnasium as gym
-import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 

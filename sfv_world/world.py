@@ -52,6 +52,18 @@ class WorldState:
         places = torch.from_numpy(index).to(self.frames.device)
         return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index])
 
+    @property
+    def clock(self) -> int:
+        """Number of the next frame in the ring's time, which all rows share."""
+        return self.stream.cache.clock
+
+    def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
+        """Replaces the given rows by those of `other`, a state of the same world and clock, in place."""
+        self.check()
+        places = torch.from_numpy(rows).to(self.frames.device)
+        self.stream.put(places, other.stream)
+        self.frames[places], self.seeds[rows], self.ages[rows] = other.frames, other.seeds, other.ages
+
     def check(self) -> None:
         """Raises a ValueError if the state was used up."""
         if self.spent:
@@ -134,13 +146,14 @@ class World:
         return self.model.codec.scale.device
 
     @torch.no_grad()
-    def reset(self, frames: Any, actions: Any = None, seeds: Any = None) -> WorldState:
+    def reset(self, frames: Any, actions: Any = None, seeds: Any = None, clock: int | None = None) -> WorldState:
         """Reads K observed frames of every row.
 
         Args:
             frames: (B, K, H, W, 3) uint8, array or tensor.
             actions: the B x K-1 actions between them; unknown if not given.
             seeds: an integer per row; 0, 1, 2, ... if not given.
+            clock: that of a state which the rows shall join (see `WorldState.put`).
 
         Raises:
             ValueError: if shapes, types or values are not what the world expects.
@@ -148,10 +161,10 @@ class World:
         frames = self._frames(frames, 5)
         rows, count = frames.shape[:2]
         vectors, known = self._past_actions(actions, rows, count)
-        return self._reset(frames, vectors, known, self._seeds(seeds, rows))
+        return self._reset(frames, vectors, known, self._seeds(seeds, rows), clock)
 
     @torch.no_grad()
-    def start(self, seeds: Any) -> WorldState:
+    def start(self, seeds: Any, clock: int | None = None) -> WorldState:
         """Begins a row for every seed at one of the start frames that came with the world, chosen by the seed."""
         if self.starts is None:
             raise ValueError(f"{self.name}: expected start frames in {STARTS}, found none. Pass frames to reset.")
@@ -161,7 +174,7 @@ class World:
         frames = self.starts["frames"][chosen].to(self.device)
         vectors = self.starts["actions"][chosen].to(self.device)
         known = torch.arange(frames.shape[1], device=self.device) > 0
-        return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds)
+        return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds, clock)
 
     @torch.no_grad()
     def step(self, state: WorldState, actions: Any) -> tuple[WorldState, WorldOutput]:
@@ -195,6 +208,14 @@ class World:
         return self._next(state, read_frame(self.model.flow, state.stream, tokens, controls), frames)
 
     @torch.no_grad()
+    def at_clock(self, state: WorldState, clock: int) -> WorldState:
+        """A copy of a state that can join rows at another clock: bit for bit if it is its own, else to float32 rounding."""
+        copy = state[:]
+        if clock != state.clock:
+            copy.stream.cache = self.model.flow.deep.at_clock(copy.stream.cache, clock)
+        return copy
+
+    @torch.no_grad()
     def score(self, frames: Any, actions: Any = None, seeds: Any = None) -> Score:
         """Scores whole videos in one parallel pass: what `reset` and `observe` would say, frame by frame.
 
@@ -215,9 +236,11 @@ class World:
             reading.outcome.termination_probability,
         )
 
-    def _reset(self, frames: Tensor, vectors: Tensor, known: Tensor, seeds: np.ndarray) -> WorldState:
+    def _reset(
+        self, frames: Tensor, vectors: Tensor, known: Tensor, seeds: np.ndarray, clock: int | None
+    ) -> WorldState:
         tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64))
-        stream, _ = read_video(self.model.flow, tokens, self.model.controls(vectors, known))
+        stream, _ = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
         return WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
 
     def _next(self, state: WorldState, report: FrameReport, frames: Tensor) -> tuple[WorldState, WorldOutput]:
@@ -276,7 +299,7 @@ class World:
 
     @property
     def _action_size(self) -> int:
-        return self.model.controls.project[0].in_features
+        return self.model.controls.action_size
 
     def _seeds(self, seeds: Any, rows: int) -> np.ndarray:
         array = np.arange(rows) if seeds is None else np.atleast_1d(np.asarray(seeds))

@@ -22,6 +22,8 @@ from sfv_world.world import World, load_world  # noqa: E402
 
 torch.set_num_threads(1)
 
+DISCRETE = spaces.Discrete(3)
+
 
 def tiny_model(kind: DeepKind, action_space: spaces.Space, seed: int) -> WorldModel:
     """A model of 16 x 16 frames in 16 tokens, window 3, in which every weight matters."""
@@ -30,7 +32,7 @@ def tiny_model(kind: DeepKind, action_space: spaces.Space, seed: int) -> WorldMo
     flow = FlowConfig(codec.channels, codec.grid, deep, shallow, kind=kind, control_width=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = randomised(WorldModel(ModelConfig(codec, flow, control_tokens=2), action_space), seed)
+        model = randomised(WorldModel(ModelConfig(codec, flow, control_tokens=2), action_space), seed, scale=0.08)
         model.codec.scale.uniform_(0.5, 1.5)
     # Rewards of a few units, and about one frame in eight ends an episode.
     with torch.no_grad():
@@ -44,7 +46,7 @@ def tiny_model(kind: DeepKind, action_space: spaces.Space, seed: int) -> WorldMo
 def build_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a tiny world with three start sequences of four frames, and gives its folder."""
 
-    def build(kind: DeepKind = "frame-parallel", action_space: spaces.Space = spaces.Discrete(3), seed: int = 0) -> Path:
+    def build(kind: DeepKind = "frame-parallel", action_space: spaces.Space = DISCRETE, seed: int = 0) -> Path:
         folder = tmp_path_factory.mktemp(kind)
         save_model(folder, tiny_model(kind, action_space, seed), {"data": {"fps": 8.75}})
         generator = torch.Generator().manual_seed(seed)

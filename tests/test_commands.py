@@ -34,7 +34,20 @@ def test_train_leaves_a_world(world):
 
 def test_evaluate_writes_results_card_and_pictures(world):
     out = run(
-        "evaluate", "--world", "world", "--data", "data", "--clips", 2, "--rollouts", 2, "--frames", 30, "--out", "found", cwd=world
+        "evaluate",
+        "--world",
+        "world",
+        "--data",
+        "data",
+        "--clips",
+        2,
+        "--rollouts",
+        2,
+        "--frames",
+        30,
+        "--out",
+        "found",
+        cwd=world,
     )
     results = json.loads((world / "found/results.json").read_text())
     assert results["rollouts"]["largest_certificate"] < 1e-3

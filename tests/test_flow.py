@@ -13,7 +13,7 @@ from torch.autograd.functional import jacobian
 
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.model import DeepKind, FlowConfig
+from sfv_world.flow.model import DeepKind
 from sfv_world.flow.transformer import Order, SlotTransformer, TransformerConfig
 from sfv_world.layers import Attention, FinalNorm, Rope, rotate
 
@@ -68,9 +68,7 @@ def test_standard_normal_has_its_constant() -> None:
 # Rotary positions ----------------------------------------------------------------------------------------------------
 
 
-@given(
-    shift=st.sampled_from([1, 17, 1000, 10**7, 10**15]), first=st.integers(0, 30), second=st.integers(0, 30), seed=seeds
-)
+@given(shift=st.sampled_from([1, 17, 1000, 10**9]), first=st.integers(0, 30), second=st.integers(0, 30), seed=seeds)
 @law(max_examples=15)
 def test_rotary_products_depend_on_relative_time_only(shift: int, first: int, second: int, seed: int) -> None:
     rope = Rope(32, 2, 3)
@@ -252,10 +250,7 @@ def test_errors_say_what_was_expected() -> None:
     config = tiny_flow().config
     with pytest.raises(ValueError, match=r"shallow.window must be 1 .* got 2"):
         replace(config, shallow=replace(config.shallow, window=2))
-    with pytest.raises(ValueError, match="kind must be .* got 'diffusion'"):
-        replace(config, kind="diffusion")
     with pytest.raises(ValueError, match="multiple of 16 .* got 24"):
         Rope(24, 2, 2)
     with pytest.raises(ValueError, match="width must be a multiple of head_dim, got width 40 and head_dim 16"):
         Attention(40, 16)
-    assert isinstance(config, FlowConfig) and config.tokens == 4

@@ -11,13 +11,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "layers", "flow", "decoding", "control", "codec", "heads", "model", "checkpoint", "data", "world", "film",
-    "training", "evaluation", "envs", "agents", "demo", "cli",
+    "card", "training", "evaluation", "envs", "agents", "demo", "cli",
 ]  # fmt: skip
 ALLOWED_UPWARDS = {("data", "envs"), ("data", "agents")}  # collecting plays real environments
 
 
 def modules():
-    for folder, prefix in ((ROOT / "sfv_world", "sfv_world"), (ROOT / "envs", "sfv_world.envs"), (ROOT / "agents", "sfv_world.agents")):
+    for folder, prefix in (
+        (ROOT / "sfv_world", "sfv_world"),
+        (ROOT / "envs", "sfv_world.envs"),
+        (ROOT / "agents", "sfv_world.agents"),
+    ):
         for path in folder.rglob("*.py"):
             yield path, ".".join([prefix, *path.relative_to(folder).with_suffix("").parts])
 

@@ -20,12 +20,22 @@ def recording(tmp_path_factory):
 @pytest.fixture
 def config(recording, tmp_path):
     return TrainConfig(
-        data=recording, out=tmp_path / "run", preset="tiny", steps=6, patch=8, clip=4, window=3, held_out=0.3, device="cpu"
+        data=recording,
+        out=tmp_path / "run",
+        preset="tiny",
+        steps=6,
+        patch=8,
+        clip=4,
+        window=3,
+        held_out=0.3,
+        device="cpu",
     )
 
 
 def tensors(config):
-    return load_tensors(config.out / STATE)[0] | {f"world.{k}": v for k, v in load_tensors(config.out / MODEL)[0].items()}
+    return load_tensors(config.out / STATE)[0] | {
+        f"world.{k}": v for k, v in load_tensors(config.out / MODEL)[0].items()
+    }
 
 
 def test_training_learns(config):

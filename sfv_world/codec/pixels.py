@@ -14,6 +14,8 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+CELL = 1 - 2**-16  # how much of a value's cell is used: float32 would round its very end into the next one
+
 
 @dataclass(frozen=True)
 class PixelCodecConfig:
@@ -83,7 +85,7 @@ class PixelCodec(nn.Module):
         self, frames: UInt8[Tensor, "*b h w 3"], uniform: Float[Tensor, "*b h w 3"] | float = 0.5
     ) -> Float[Tensor, "*b h w 3"]:
         """Dequantised pixels in [-1, 1]; `uniform` in [0, 1) is where in its cell each value lies."""
-        return (frames.float() + uniform) / 128 - 1
+        return (frames.float() + CELL * uniform) / 128 - 1
 
     def encode(self, pixels: Float[Tensor, "*b h w 3"]) -> Float[Tensor, "*b l c"]:
         """Pixels in [-1, 1] -> tokens."""
@@ -93,9 +95,7 @@ class PixelCodec(nn.Module):
         """Tokens -> pixels in [-1, 1] (not clipped): the inverse of `encode`."""
         rows, columns = self.config.grid
         patches = (tokens * self.scale) @ self.transform
-        return rearrange(
-            patches, "... (r c) (i j k) -> ... (r i) (c j) k", r=rows, c=columns, i=self.config.patch, k=3
-        )
+        return rearrange(patches, "... (r c) (i j k) -> ... (r i) (c j) k", r=rows, c=columns, i=self.config.patch, k=3)
 
     def frames(self, pixels: Float[Tensor, "*b h w 3"]) -> UInt8[Tensor, "*b h w 3"]:
         """Pixels in [-1, 1] -> the uint8 frame whose cell they lie in."""

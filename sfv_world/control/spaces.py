@@ -48,7 +48,7 @@ def flatten_actions(
     match space:
         case spaces.Dict():
             if not isinstance(actions, dict) or set(actions) != set(space.spaces):
-                got = sorted(actions) if isinstance(actions, dict) else type(actions).__name__
+                got = sorted(map(str, actions)) if isinstance(actions, dict) else type(actions).__name__
                 raise ValueError(f"{name}: expected a dict with the keys {sorted(space.spaces)}, got {got}.")
             parts = [flatten_actions(s, actions[k], batch, f"{name}[{k!r}]") for k, s in space.spaces.items()]
             return np.concatenate(parts, axis=-1)
@@ -70,7 +70,9 @@ def flatten_actions(
         case spaces.MultiDiscrete():
             low = np.asarray(space.start)
             offsets = _integers(array, low, low + space.nvec, space, name) - low
-            hot = [np.eye(n, dtype=np.float32)[o] for n, o in zip(space.nvec.flat, _columns(offsets, batch), strict=True)]
+            hot = [
+                np.eye(n, dtype=np.float32)[o] for n, o in zip(space.nvec.flat, _columns(offsets, batch), strict=True)
+            ]
             return np.concatenate(hot, axis=-1)
         case spaces.MultiBinary():
             return _integers(array, 0, 2, space, name).reshape(*batch, action_size(space)).astype(np.float32)
@@ -94,11 +96,13 @@ def _integers(array: np.ndarray, low: Any, high: Any, space: spaces.Space[Any], 
 def _box(array: np.ndarray, space: spaces.Box, name: str) -> Float32[np.ndarray, "..."]:
     if array.dtype.kind not in "iufb":
         raise ValueError(f"{name}: expected numbers for {space}, got dtype {array.dtype}.")
-    if np.isnan(array).any():
-        raise ValueError(f"{name}: expected finite numbers, got NaN.")
-    if ((array < space.low) | (array > space.high)).any():
+    with np.errstate(over="ignore"):  # all as float32 has it: 0.7 is inside a float32 box that ends at 0.7
+        array, low, high = (x.astype(np.float32).astype(np.float64) for x in (array, space.low, space.high))
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity.")
+    if ((array < low) | (array > high)).any():
         raise ValueError(f"{name}: expected values inside {space}, got values from {array.min()} to {array.max()}.")
-    bounded = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+    bounded = space.bounded_below & space.bounded_above
+    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
     scaled = 2 * (array - low) / np.maximum(high - low, 1e-12) - 1
     return np.where(bounded, scaled, np.sign(array) * np.log1p(np.abs(array))).astype(np.float32)

@@ -20,6 +20,8 @@ DEEP_SHARE = 0.5
 """Tolerance of the autoregressive deep flow, in units of the frame's."""
 SHALLOW_SHARE = 1e-2
 """Tolerance of the shallow blocks, in units of the frame's: their errors are amplified by the maps that follow."""
+SHALLOW_TOLERANCE = 1e-5
+"""Their tolerance where the frame's is loose, so that the deep flow's fields, found before them, stay the frame's own."""
 
 
 @dataclass
@@ -40,7 +42,16 @@ class StreamState:
 
     def rows(self, rows: Int[Tensor, "n"]) -> "StreamState":
         """A copy of the given rows (selected, repeated, reordered)."""
-        return StreamState(self.cache.rows(rows), _stage_rows(self.deep, rows), [_stage_rows(s, rows) for s in self.shallow])
+        return StreamState(
+            self.cache.rows(rows), _stage_rows(self.deep, rows), [_stage_rows(s, rows) for s in self.shallow]
+        )
+
+    def put(self, rows: Int[Tensor, "n"], other: "StreamState") -> None:
+        """Replaces the given rows by those of `other`, a state of the same clock."""
+        self.cache.put(rows, other.cache)
+        for mine, theirs in zip([self.deep, *self.shallow], [other.deep, *other.shallow], strict=True):
+            for old, new in zip((mine.tokens, *mine.fields), (theirs.tokens, *theirs.fields), strict=True):
+                old[rows] = new
 
 
 class FrameReport(NamedTuple):
@@ -61,7 +72,10 @@ class FrameReport(NamedTuple):
 
 
 def read_video(
-    flow: VideoFlow, tokens: Float[Tensor, "b t l c"], controls: Float[Tensor, "b t k d"] | None, clock: int = 0
+    flow: VideoFlow,
+    tokens: Float[Tensor, "b t l c"],
+    controls: Float[Tensor, "b t k d"] | None,
+    clock: int | None = None,
 ) -> tuple[StreamState, Encoding]:
     """Reads videos that begin here in one parallel pass.
 
@@ -69,10 +83,10 @@ def read_video(
         flow: the flow.
         tokens: noised tokens.
         controls: control tokens of what led to each frame.
-        clock: number of the frame that comes next; by default, the number of frames read.
+        clock: number of the frame that comes next; none: the number of frames read.
     """
     frames = tokens.shape[1]
-    cache = flow.deep.new_cache(len(tokens), max(clock, frames))
+    cache = flow.deep.new_cache(len(tokens), frames if clock is None else clock)
     encoding = flow(tokens, controls, cache)
     for back in range(1, min(frames, cache.window) + 1):
         cache.visible[:, (cache.clock - back) % cache.window] = True
@@ -91,9 +105,7 @@ def read_frame(
         latents, log_det, shallow = flow.shallow(tokens, features)
     else:
         latents, log_det, shallow = flow.shallow(tokens)
-        carried = torch.cat([state.deep.tokens[:, -1:], latents[:, :-1]], dim=1)
-        features = flow.deep.decode(carried, state.cache, controls=controls)
-        fields = flow.deep.fields(features)
+        features, fields = _read_latents(flow, state, latents, controls)
     noise, deep_log_det = fields.normalise(latents)
     _advance(state, Stage(latents, fields), shallow)
     ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
@@ -134,6 +146,10 @@ def imagine_frame(
 
     tokens, shallow_sweeps = _invert_shallow(flow, latents, state.shallow, condition, config)
     found, log_det, shallow = flow.shallow(tokens, condition)
+    if flow.config.kind == "autoregressive" and config.max_sweeps is not None:
+        # Shallow blocks that stopped short leave other latents than those solved for, and those are the frame's.
+        features, fields = _read_latents(flow, state, found, controls)
+        sweeps += 1
     exact, deep_log_det = fields.normalise(found)
     certificate = (exact - noise).abs().amax(dim=(1, 2))
     _advance(state, Stage(found, fields), shallow)
@@ -153,7 +169,7 @@ def _invert_shallow(
             noise,
             draft_tokens(noise, previous[index], config.draft),
             block.new_cache(len(noise)),
-            tolerance=SHALLOW_SHARE * config.tolerance,
+            tolerance=min(SHALLOW_SHARE * config.tolerance, SHALLOW_TOLERANCE),
             size=config.block,
             max_sweeps=config.max_sweeps,
             before=block.sos_embed.expand(len(noise), -1, -1),
@@ -167,6 +183,15 @@ def _invert_shallow(
 def _predict(flow: VideoFlow, state: StreamState, controls: Tensor | None) -> tuple[Tensor, Fields]:
     """The frame-parallel deep flow's one pass: features and fields of the frame to come."""
     features = flow.deep.decode(state.tokens, state.cache, controls=controls)
+    return features, flow.deep.fields(features)
+
+
+def _read_latents(
+    flow: VideoFlow, state: StreamState, latents: Tensor, controls: Tensor | None
+) -> tuple[Tensor, Fields]:
+    """The autoregressive deep flow's pass over known latents: features and fields of their frame."""
+    carried = torch.cat([state.deep.tokens[:, -1:], latents[:, :-1]], dim=1)
+    features = flow.deep.decode(carried, state.cache, controls=controls)
     return features, flow.deep.fields(features)
 
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfv_world.flow.affine import Fields
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.model import Stage
 from sfv_world.flow.transformer import SlotTransformer

@@ -74,6 +74,12 @@ class FrameCache:
         """A copy of the given rows (selected, repeated, reordered)."""
         return FrameCache(self.keys[:, rows], self.values[:, rows], self.visible[rows], self.clock)
 
+    def put(self, rows: Int[Tensor, "n"], other: "FrameCache") -> None:
+        """Replaces the given rows by those of `other`, a cache of the same clock."""
+        assert self.clock == other.clock, f"rows march in lockstep, got clocks {self.clock} and {other.clock}"
+        self.keys[:, rows], self.values[:, rows] = other.keys, other.values
+        self.visible[rows] = other.visible
+
     def write_current(self, rows: Int[Tensor, "n"], other: "FrameCache") -> None:
         """Takes over the current frame of `other`, whose rows are the given rows of this cache."""
         place = self._place(self.clock % self.window, slice(0, self.slots))

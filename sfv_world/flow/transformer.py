@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.cache import FrameCache
-from sfv_world.layers import FinalNorm, Layer, Rope, attend
+from sfv_world.layers import FinalNorm, Layer, Rope, attend, rotate
 
 Order = Literal["token", "frame"]
 
@@ -122,7 +122,7 @@ class SlotTransformer(nn.Module):
         controls: Float[Tensor, "b k d"] | None = None,
         condition: Float[Tensor, "b l e"] | None = None,
     ) -> Float[Tensor, "b l c"]:
-        """Noise -> the tokens of the current frame of `cache`, one after the other (token order); slot 0 carries `before`."""
+        """Noise -> tokens of the current frame of `cache`, one by one (token order only); slot 0 carries `before`."""
         tokens = [before]
         for i in range(self.slots):
             at = slice(i, i + 1)
@@ -142,6 +142,14 @@ class SlotTransformer(nn.Module):
         shape = (config.depth, rows, heads, keys, config.head_dim)
         visible = torch.zeros(rows, config.window, dtype=torch.bool, device=weight.device)
         return FrameCache(weight.new_zeros(shape), weight.new_zeros(shape), visible, clock)
+
+    def at_clock(self, cache: FrameCache, clock: int) -> FrameCache:
+        """A copy of `cache` whose time is shifted to `clock`: keys turned on, ring places moved; the same to rounding."""
+        ahead = clock - cache.clock
+        turn = self.rope(torch.tensor([ahead], device=cache.keys.device), slice(0, 1))  # place (0, 0): time alone
+        keys = rotate(cache.keys, turn).roll(ahead * cache.slots, dims=3)
+        values = cache.values.roll(ahead * cache.slots, dims=3)
+        return FrameCache(keys, values, cache.visible.roll(ahead, dims=1), clock)
 
     def _embed(self, slots: Tensor, condition: Tensor | None, at: slice = slice(None)) -> Tensor:
         x = self.proj_in(slots)

@@ -21,10 +21,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sfv_world.checkpoint import load_tensors, save_model, save_tensors
-from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
+from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
-from sfv_world.model import ModelConfig, WorldModel, model_config
+from sfv_world.model import WorldModel, model_config
 from sfv_world.training.objective import Batch, ObjectiveConfig, world_loss
 from sfv_world.world import World, save_starts
 
@@ -100,8 +100,12 @@ class Trainer:
             torch.set_num_threads(config.threads)
         if config.resume != (config.out / STATE).exists():
             if config.resume:
-                raise ValueError(f"resume: expected a training run in {config.out}, found no {STATE}. Leave out --resume.")
-            raise ValueError(f"out: {config.out} holds a training run. Add --resume to continue it, or name another folder.")
+                raise ValueError(
+                    f"resume: expected a training run in {config.out}, found no {STATE}. Leave out --resume."
+                )
+            raise ValueError(
+                f"out: {config.out} holds a training run. Add --resume to continue it, or name another folder."
+            )
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
         torch.manual_seed(config.seed)
@@ -243,7 +247,9 @@ class Trainer:
         before, now = json.loads(metadata["config"]), self._identity()
         if before != now:
             changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-            raise ValueError(f"resume: expected the configuration of the run in {self.config.out}, got {changed} (then, now).")
+            raise ValueError(
+                f"resume: expected the configuration of the run in {self.config.out}, got {changed} (then, now)."
+            )
         parts: dict[str, dict[str, Any]] = {"model": {}, "average": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             part, rest = name.split(".", 1)
@@ -260,7 +266,9 @@ class Trainer:
 
     def _sample(self) -> None:
         """Writes a film of an imagined held-out episode above the real one."""
-        compare(World(self.averaged), self.held_out, self.config.out / "samples" / f"{self.step:06d}.mp4", rows=4, frames=24)
+        compare(
+            World(self.averaged), self.held_out, self.config.out / "samples" / f"{self.step:06d}.mp4", rows=4, frames=24
+        )
 
 
 def train(config: TrainConfig) -> dict[str, float]:

@@ -1,0 +1,151 @@
+"""Does a Doom world behave like Doom? Random play in it beside random play in the game, and what actions do to the view.
+
+    python benchmarks/behaviour.py --world doom-basic --data data/doom-basic
+
+Prints a table and writes `behaviour.json` into the world's folder.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from sfv_world.agents.policies import HeldRandomPolicy
+from sfv_world.checkpoint import replacing
+from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
+from sfv_world.film import imagine, long_clips
+from sfv_world.world import World, load_world
+
+ACTIONS = {"doom-basic": ["noop", "attack", "right", "left"], "doom-takecover": ["noop", "right", "left"]}
+
+
+@dataclass(frozen=True)
+class BehaviourConfig:
+    """What to play."""
+
+    world: str
+    """Name of a shipped world, or its folder."""
+    data: Path
+    """The recording it was trained on."""
+    rows: int = 48
+    """Episodes to imagine, and clips of each other check."""
+    steps: int = 75
+    """Most steps of an imagined episode."""
+    seed: int = 0
+    """Seed of everything."""
+
+
+def random_play(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[str, float]:
+    """Episodes of held random actions from held-out beginnings: how long they last, how they end, what they earn."""
+    context, rows = 4, min(config.rows, int((held_out.lengths > 5).sum()))
+    first = held_out.starts[held_out.lengths > context + 1][:rows]
+    clips = ClipSampler(held_out, context, rows).clips(first)
+    state = world.reset(clips.frames, clips.actions, seeds=config.seed + np.arange(rows))
+    policies = [HeldRandomPolicy(world.action_space, (1, 8), seed=config.seed + row) for row in range(rows)]
+    alive, length, earned, ended = (
+        np.ones(rows, bool),
+        np.full(rows, context - 1),
+        clips.rewards.sum(1),
+        np.zeros(rows, bool),
+    )
+    for _ in tqdm(range(config.steps - context + 1), desc="random play"):
+        state, output = world.step(state, np.array([policy(None) for policy in policies]))
+        length[alive] += 1
+        earned[alive] += output.reward.cpu().numpy()[alive]
+        ended |= alive & output.terminated.cpu().numpy()
+        alive &= ~output.terminated.cpu().numpy()
+    steps = np.minimum(held_out.lengths - 1, config.steps)
+    inside = np.arange(len(held_out.frames)) - np.repeat(held_out.starts, held_out.lengths) <= config.steps
+    total = np.add.reduceat(held_out.rewards * inside, held_out.starts)
+    over = np.add.reduceat(held_out.terminations & inside, held_out.starts)
+    return {
+        "imagined_ended": float(ended.mean()),
+        "real_ended": float(over.mean()),
+        "imagined_steps": float(length.mean()),
+        "real_steps": float(steps.mean()),
+        "imagined_return": float(earned.mean()),
+        "real_return": float(total.mean()),
+        "episodes": int(rows),
+        "real_episodes": len(held_out),
+    }
+
+
+def shift(before: np.ndarray, after: np.ndarray) -> float:
+    """Pixels that the view moved to the right between two frames (phase correlation of the part above the weapon)."""
+    gray = [cv2.cvtColor(frame[:40], cv2.COLOR_RGB2GRAY).astype(np.float32) for frame in (before, after)]
+    return cv2.phaseCorrelate(*gray, cv2.createHanningWindow((64, 40), cv2.CV_32F))[0][0]
+
+
+def strafing(
+    world: World, held_out: Episodes, names: list[str], config: BehaviourConfig
+) -> dict[str, dict[str, float]]:
+    """Pixels a frame that the view moves under each action held for six frames, imagined; and in the recording."""
+    clips = long_clips(held_out, config.rows, 8, config.seed)
+    found = {}
+    moving = held_out.actions
+    held = np.stack([moving[:-4] == moving[1:-3], moving[1:-3] == moving[2:-2]]).all(0)
+    for number, name in enumerate(names):
+        state = world.reset(clips.frames, clips.actions)
+        frames = [clips.frames[:, -1]]
+        for _ in range(6):
+            state, output = world.step(state, np.full(len(clips.frames), number))
+            frames.append(output.frames.cpu().numpy())
+        imagined = [shift(a, b) for k in (3, 4, 5) for a, b in zip(frames[k], frames[k + 1], strict=True)]
+        rows = np.flatnonzero(held & (moving[:-4] == number) & (np.diff(held_out.repeated.cumsum())[:-3] == 0))
+        rows = np.random.default_rng(config.seed).permutation(rows)[: 3 * config.rows]
+        real = [shift(held_out.frames[row + 2], held_out.frames[row + 3]) for row in rows]
+        found[name] = {"imagined": float(np.median(imagined)), "real": float(np.median(real))}
+    return found
+
+
+def endings(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[str, float]:
+    """Imagined rollouts of the last moments of real episodes and of moments that nothing came of, under the real actions.
+
+    Some clips stop where the real episode ended: how likely is it that the imagined one ends within its last three steps, and how
+    likely that one ends where the real one went on?
+    """
+    context, ahead = 8, 6
+    ends = np.flatnonzero(held_out.terminations)
+    starts = np.repeat(held_out.starts, held_out.lengths)
+    ends = ends[ends - starts[ends] >= context + ahead][: config.rows]
+    clips = ClipSampler(held_out, context + ahead, len(ends)).clips(ends - context - ahead + 1)
+    outputs = imagine(world, clips, context, config.seed).outputs
+    chance = 1 - np.prod([1 - output.termination_probability.cpu().numpy() for output in outputs[-3:]], axis=0)
+    last = outputs[-1].rewards[:, 1].cpu().numpy()
+    other = long_clips(held_out, config.rows, context + ahead, config.seed)
+    quiet = imagine(world, other, context, config.seed).outputs
+    false = 1 - np.prod([1 - output.termination_probability.cpu().numpy() for output in quiet[-3:]], axis=0)
+    return {
+        "ends_where_the_game_ended": float(chance.mean()),
+        "ends_where_the_game_went_on": float(false.mean()),
+        "reward_at_the_end": float(last.mean()),
+        "real_reward_at_the_end": float(clips.rewards[:, -1].mean()),
+        "clips": len(ends),
+    }
+
+
+def main(config: BehaviourConfig) -> dict[str, Any]:
+    """Runs all checks of one world."""
+    world = load_world(config.world)
+    run = world.about["training"]
+    _, held_out = load_episodes(config.data).split(run["held_out"], run["seed"])
+    found: dict[str, Any] = {
+        "random_play": random_play(world, held_out, config),
+        "endings": endings(world, held_out, config),
+    }
+    if world.name in ACTIONS:
+        found["strafing"] = strafing(world, held_out, ACTIONS[world.name], config)
+    print(json.dumps(found, indent=2))
+    assert world.folder is not None
+    with replacing(world.folder / "behaviour.json") as beside:
+        beside.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BehaviourConfig))

@@ -1,0 +1,257 @@
+"""Many imagined worlds at once: rows of one batch, on one device, behind Gymnasium's vector API.
+
+All rows march in lockstep; a row that resets joins the others at their clock. Row i is what `WorldEnv` with the same seed
+would be, whatever the other rows do.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from sfv_world.envs.world_env import step_info, warn_if_unconverged
+from sfv_world.film import take
+from sfv_world.world import World, WorldOutput, WorldState, load_world
+
+
+class WorldVectorEnv(VectorEnv[Any, Any, Any]):
+    """A batch of learned worlds: `gymnasium.make_vec("sfv_world/World-v0", num_envs=32, world=...)`.
+
+    Spaces, rewards, terminations and infos are those of `WorldEnv`, batched as Gymnasium does it.
+
+    Args:
+        num_envs: rows.
+        world: the name of a shipped world, a world's folder, or a `World`.
+        device: where to load the world, by default the CPU; a `World` stays where it is.
+        render_mode: None or "rgb_array".
+        max_episode_steps: steps after which a row is truncated; none: never.
+        autoreset_mode: when a row that ended begins anew: at the next step (default), at the same step (its last frame and info
+            are then in `info["final_obs"]` and `info["final_info"]`), or only when `reset` is called for it.
+        output: "numpy" arrays, or "torch" tensors that stay on the world's device (observations, rewards, terminations,
+            truncations and infos).
+        decoding: fields of `DecodingConfig` to set.
+
+    Example:
+        >>> import gymnasium as gym, sfv_world
+        >>> envs = gym.make_vec("sfv_world/World-v0", num_envs=8, world="doom-basic", max_episode_steps=75)  # doctest: +SKIP
+        >>> frames, infos = envs.reset(seed=0)  # doctest: +SKIP
+        >>> frames, rewards, terminated, truncated, infos = envs.step(envs.action_space.sample())  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        world: World | str | Path,
+        device: str | torch.device | None = None,
+        render_mode: str | None = None,
+        max_episode_steps: int | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        output: Literal["numpy", "torch"] = "numpy",
+        **decoding: Any,
+    ):
+        if num_envs < 1:
+            raise ValueError(f"num_envs: expected at least 1, got {num_envs}.")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}.")
+        if output not in ("numpy", "torch"):
+            raise ValueError(f"output: expected 'numpy' or 'torch', got {output!r}.")
+        if not isinstance(world, World):
+            world = load_world(world, device or "cpu")
+        self.world = copy.copy(world)
+        self.world.decoding = replace(world.decoding, **decoding)
+        self.num_envs, self.render_mode, self.output = num_envs, render_mode, output
+        self.max_episode_steps = max_episode_steps
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        fps = world.about.get("data", {}).get("fps") or 10
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space = spaces.Box(0, 255, world.frame_shape, np.uint8)
+        self.single_action_space = copy.deepcopy(world.action_space)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._state: WorldState | None = None
+        self._steps = np.zeros(num_envs, np.int64)
+        self._ended = np.zeros(num_envs, bool)
+        self._generators = [seeding.np_random()[0] for _ in range(num_envs)]
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begins episodes at observed frames.
+
+        Args:
+            seed: of the first row, the others following it; or one for each row.
+            options: "frames", (num_envs, K, H, W, 3) uint8, with "actions", the num_envs x K-1 actions between them; by default,
+                rows begin at start frames that came with the world. "reset_mask", (num_envs,) bool: rows to reset.
+
+        Returns:
+            The last observed frames (those of rows that were not reset are the current ones), and an empty info.
+
+        Raises:
+            ValueError: if an option or a seed is not as expected; nothing has changed then.
+        """
+        mask, observed = self._options(options or {})
+        seeds: list[int | None] = [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed) + row for row in range(self.num_envs)]
+        elif seed is not None:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed: expected {self.num_envs} of them, one per row, got {len(seeds)}.")
+        generators = list(self._generators)
+        for row in np.flatnonzero(mask):
+            if seeds[row] is not None:
+                generators[row] = seeding.np_random(seeds[row])[0]
+        previous = self._generators, self._state
+        self._generators = generators
+        if mask.all():
+            self._state = None
+        try:
+            self._begin(np.flatnonzero(mask), observed)
+        except ValueError:
+            self._generators, self._state = previous
+            raise
+        return self._frames(), {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Imagines the next frame of every row.
+
+        Raises:
+            ResetNeeded: if no episode has begun, or, without autoreset, if one has ended.
+            ValueError: if actions are not of the action space; nothing has changed then.
+        """
+        state, resetting = self._current("step"), self._ended
+        if self.autoreset_mode is AutoresetMode.DISABLED and resetting.any():
+            rows = np.flatnonzero(resetting).tolist()
+            raise ResetNeeded(
+                f"step: expected episodes that go on, got ended ones in rows {rows}. Reset them (reset_mask)."
+            )
+        self._state, output = self.world.step(state, actions)
+        self._steps += 1
+        acting = ~resetting
+        warn_if_unconverged(output.certificate[self._tensor(acting)], self.world.decoding.tolerance)
+        terminated = output.terminated.cpu().numpy() & acting
+        truncated = np.zeros_like(acting)
+        if self.max_episode_steps is not None:
+            truncated = (self._steps >= self.max_episode_steps) & acting
+        rewards = self._out(torch.where(self._tensor(acting), output.reward, 0.0).double())
+        ended, info = terminated | truncated, {}
+        match self.autoreset_mode:
+            case AutoresetMode.SAME_STEP:
+                info = self._info(output, ~ended)
+                if ended.any():
+                    info |= self._final(output, ended)
+                    self._begin(np.flatnonzero(ended))
+            case _:
+                info = self._info(output, acting)
+                self._ended = ended
+                self._begin(np.flatnonzero(resetting))
+        return self._frames(), rewards, self._out(self._tensor(terminated)), self._out(self._tensor(truncated)), info
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """The current frames in render mode "rgb_array"."""
+        if self.render_mode is None:
+            gym.logger.warn("render_mode: expected 'rgb_array', got None. Give it to gymnasium.make_vec.")
+            return None
+        return tuple(self._current("render").frames.cpu().numpy().copy())
+
+    def save_state(self, rows: Any = slice(None)) -> WorldState:
+        """A copy of where rows stand (see `WorldState`), which later steps do not change."""
+        return self._current("save_state")[rows]
+
+    def restore_state(self, state: WorldState, rows: Any = slice(None)) -> None:
+        """Puts rows where those of a saved state stood: they go on bit for bit as they did.
+
+        The step count of `max_episode_steps` begins anew.
+
+        Raises:
+            ValueError: if the state is none, of another number of rows, or of another world; nothing has changed then.
+        """
+        current = self._current("restore_state")
+        index = np.atleast_1d(np.arange(self.num_envs)[rows])
+        if not isinstance(state, WorldState) or len(state) != len(index):
+            got = f"{len(state)} rows" if isinstance(state, WorldState) else type(state).__name__
+            raise ValueError(f"state: expected a saved state of {len(index)} rows, got {got}.")
+        if len(index) == self.num_envs:
+            self._state = state[np.argsort(index)]
+        else:
+            current.put(index, self.world.at_clock(state, current.clock))
+        self._steps[index], self._ended[index] = 0, False
+
+    def _options(self, options: dict[str, Any]) -> tuple[np.ndarray, tuple[Any, ...] | None]:
+        unknown = options.keys() - {"frames", "actions", "reset_mask"}
+        if unknown or ("actions" in options and "frames" not in options):
+            raise ValueError(
+                f"options: expected 'frames' with 'actions', 'reset_mask', or none of them, got {sorted(options)}."
+            )
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(
+                f"reset_mask: expected ({self.num_envs},) bool with at least one True, got {mask.dtype} {mask.shape}."
+            )
+        if self._state is None and not mask.all():
+            raise ResetNeeded(
+                "reset_mask: expected all rows to have begun, got none that has. Reset all of them first."
+            )
+        if "frames" not in options:
+            return mask, None
+        frames, actions = np.asarray(options["frames"]), options.get("actions")
+        if len(frames) != self.num_envs:
+            raise ValueError(f"frames: expected those of {self.num_envs} rows, got {len(frames)}.")
+        return mask, (frames[mask], None if actions is None else take(actions, mask))
+
+    def _begin(self, rows: np.ndarray, observed: tuple[Any, ...] | None = None) -> None:
+        """Begins episodes in rows: at the clock of the others, or alone if there are none."""
+        if len(rows) == 0:
+            return
+        clock = None if self._state is None else self._state.clock
+        seeds = [self._generators[row].integers(2**63) for row in rows]
+        fresh = self.world.reset(*observed, seeds, clock) if observed else self.world.start(seeds, clock)
+        if self._state is None:
+            self._state = fresh
+        else:
+            self._state.put(rows, fresh)
+        self._steps[rows], self._ended[rows] = 0, False
+
+    def _info(self, output: WorldOutput, rows: np.ndarray) -> dict[str, Any]:
+        """Infos of rows in Gymnasium's vector convention: an array for each entry, and which rows have it."""
+        mask, info = self._tensor(rows), {}
+        for name, values in step_info(output).items():
+            info[name], info[f"_{name}"] = self._out(torch.where(mask, values, 0)), self._out(mask)
+        return info
+
+    def _final(self, output: WorldOutput, rows: np.ndarray) -> dict[str, Any]:
+        """What Gymnasium's convention says of rows that ended and began anew in the same step."""
+        mask = self._out(self._tensor(rows))
+        final: Any = self._out(output.frames)
+        if self.output == "numpy":
+            final = np.array([frame if row else None for frame, row in zip(final, rows, strict=True)] + [None], object)[
+                :-1
+            ]
+        info = self._info(output, rows)
+        return {"final_obs": final, "_final_obs": mask, "final_info": info, "_final_info": mask}
+
+    def _frames(self) -> Any:
+        return self._out(self._current("reset").frames)
+
+    def _current(self, name: str) -> WorldState:
+        if self._state is None:
+            raise ResetNeeded(f"{name}: expected episodes that have begun, got none. Call reset() first.")
+        return self._state
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.world.device)
+
+    def _out(self, tensor: Tensor) -> Any:
+        """A copy of a result, as the caller wants it."""
+        return tensor.clone() if self.output == "torch" else tensor.cpu().numpy().copy()

@@ -1,0 +1,82 @@
+"""The model card of a trained world: what `evaluation` measured, as Markdown."""
+
+import json
+from typing import Any
+
+from sfv_world.world import World
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    density, outcomes, rolled = results["density"], results["outcomes"], results["rollouts"]
+    horizons = list(rolled["psnr_of_one"])
+    lines = [
+        f"**Density**, {density['frames']} held-out frames at noise {density['noise']}, bits per colour value (lower is better):",
+        "",
+        "| this world | copy of the last frame, fitted Gaussian | entropy of the noise itself |",
+        "| --- | --- | --- |",
+        f"| {density['bits_per_dim']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 frames) "
+        f"| {density['bits_per_dim_fitted_copy']:.3f} | {density['bits_per_dim_of_the_noise']:.3f} |",
+        "",
+        f"**Rollouts** of {rolled['clips']} held-out clips under their real actions, PSNR in dB after so many steps:",
+        "",
+        "| | " + " | ".join(map(str, horizons)) + " |",
+        "| --- |" + " --- |" * len(horizons),
+    ]
+    names = {
+        "psnr_of_the_mean": f"mean of {rolled['rollouts']} imagined rollouts",
+        "psnr_of_one": "one imagined rollout, noise included",
+        "psnr_of_copying": "copy of the last observed frame",
+    }
+    for key, name in names.items():
+        lines.append(f"| {name} | " + " | ".join(f"{rolled[key][horizon]:.1f}" for horizon in horizons) + " |")
+    lines += [
+        "",
+        f"Sweeps a frame: {rolled['deep_sweeps']:.1f} of the deep flow, {rolled['shallow_sweeps']:.1f} of shallow blocks; largest "
+        f"certificate {rolled['largest_certificate']:.1e}.",
+        "",
+        f"**Termination** on {outcomes['frames']} held-out frames, Brier score {outcomes['termination_brier']:.5f} "
+        f"(base rate: {outcomes['termination_brier_of_the_base_rate']:.5f}), calibration error "
+        f"{outcomes['termination_calibration_error']:.4f}:",
+        "",
+        "| predicted between | frames | mean prediction | observed |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in outcomes["termination_reliability"]:
+        lines.append(
+            f"| {row['from']:.2f} and {row['to']:.2f} | {row['frames']} | {row['predicted']:.3f} | {row['observed']:.3f} |"
+        )
+    lines += [
+        "",
+        f"**Reward**, given whether the episode ended: mean absolute error {outcomes['reward_mean_absolute_error']:.3f} (of the mean "
+        f"reward: {outcomes['reward_mean_absolute_error_of_the_mean']:.3f}), bias {outcomes['reward_bias']:+.3f}.",
+    ]
+    return "\n".join(lines)
+
+
+def model_card(world: World, results: dict[str, Any]) -> str:
+    """The model card of a trained world, Markdown."""
+    run, data = world.about["training"], world.about["data"]
+    recipe, flow = data.get("recipe", {}), world.model.config.flow
+    size = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
+    frames = run["batch"] * run["clip"] * world.about["steps"]
+    return f"""# {world.name}
+
+A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{world.name}")`.
+
+![Imagined above, real continuation below](rollouts.png)
+
+- **Data**: `{data.get("dataset_id", run["data"])}`, recorded with `{json.dumps(recipe)}`; {run["held_out"]:.0%} of the episodes held out.
+- **Model**: {size:.1f} M parameters, {flow.kind}; deep flow {flow.deep.depth} x {flow.deep.width} over {flow.deep.window} frames, \
+{flow.shallow_blocks} shallow blocks of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
+- **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
+minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on pixels in [-1, 1].
+- **Command**: `sfv-world train --data {run["data"]} --out checkpoints/{world.name} --minutes {run["minutes"]} --threads {run["threads"]}`
+- **The density** is over noised frames: log p(dequantised frame + {run["noise"]} x normal noise | frames before it, actions).
+
+## Results
+
+Measured by `sfv-world evaluate --world {world.name} --data {run["data"]}` ({results["machine"]}).
+
+{tables(results)}
+"""

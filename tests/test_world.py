@@ -1,0 +1,352 @@
+"""The laws of a world: streaming is scoring, rows are alone, copies are worlds of their own, and damage is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from sfv_world import World, load_world
+from sfv_world.checkpoint import CONFIG, MODEL, STARTS, load_tensors, save_model, save_tensors
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.world import WorldOutput, WorldState
+
+FRAMES = 10  # three windows of the tiny worlds and a bit
+ACTIONS = np.random.default_rng(1).integers(0, 3, (4, FRAMES))
+VIDEO = np.random.default_rng(0).integers(0, 256, (4, FRAMES, 16, 16, 3), np.uint8)
+
+
+def decoding(world: World, **changes: Any) -> World:
+    return World(world.model, replace(world.decoding, **changes), world.starts)
+
+
+def rollout(world: World, state: WorldState, actions: np.ndarray) -> tuple[list[WorldOutput], Tensor]:
+    """Outputs of every step, and the tokens (b, t, l, c) of the frames in between, that of the beginning first."""
+    outputs, tokens = [], [state.stream.tokens]
+    for action in actions.T:
+        state, output = world.step(state, action)
+        outputs.append(output)
+        tokens.append(state.stream.tokens)
+    return outputs, torch.stack(tokens, dim=1)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert torch.equal(one, other)
+
+
+# Laws
+
+
+@pytest.mark.parametrize("context", [1, 2, 7])
+def test_observing_frame_by_frame_is_scoring_in_parallel(tiny_world, context):
+    seeds = [5, 0, 2**63 - 1, 7]
+    score = tiny_world.score(VIDEO, ACTIONS[:, :-1], seeds)
+    state = tiny_world.reset(VIDEO[:, :context], ACTIONS[:, : context - 1], seeds)
+    for n in range(context, FRAMES):
+        state, output = tiny_world.observe(state, ACTIONS[:, n - 1], VIDEO[:, n])
+        assert torch.allclose(output.log_likelihood, score.log_likelihood[:, n], rtol=1e-5, atol=1e-3)
+        assert torch.allclose(output.bits_per_dim, score.bits_per_dim[:, n], atol=1e-5)
+        assert torch.allclose(output.rewards, score.rewards[:, n], atol=1e-5)
+        assert torch.allclose(output.termination_probability, score.termination_probability[:, n], atol=1e-5)
+        assert torch.equal(output.certificate, torch.zeros(4))
+
+
+def test_a_frames_score_depends_on_nothing_after_it(tiny_world):
+    score = tiny_world.score(VIDEO, ACTIONS[:, :-1])
+    begun = tiny_world.score(VIDEO[:, :6], ACTIONS[:, :5])
+    for whole, part in zip(score, begun, strict=True):
+        assert torch.allclose(whole[:, :6], part, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frame_is_scored_by_its_action_and_its_window(tiny_world):
+    actions, video = ACTIONS[:, :-1].copy(), VIDEO.copy()
+    actions[:, 4] = (actions[:, 4] + 1) % 3  # leads to frame 5
+    video[:, 6] = 255 - video[:, 6]
+    before, by_action = tiny_world.score(VIDEO, ACTIONS[:, :-1]), tiny_world.score(VIDEO, actions)
+    changed = (before.log_likelihood - by_action.log_likelihood).abs().amin(0) > 1e-3
+    assert not changed[:5].any() and changed[5]
+    by_frame = tiny_world.score(video, ACTIONS[:, :-1])
+    changed = (before.log_likelihood - by_frame.log_likelihood).abs().amin(0) > 1e-3
+    assert not changed[:6].any() and changed[6:9].all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"block": 5}, {"max_sweeps": 2}, {"temperature": 0.5}])
+def test_imagined_frames_have_the_likelihood_of_a_parallel_pass(tiny_world, changes):
+    world = decoding(tiny_world, **changes)
+    outputs, tokens = rollout(world, world.reset(VIDEO[:, :1], seeds=[1, 2, 3, 4]), ACTIONS[:, :-1])
+    vectors = torch.zeros(4, FRAMES, 3)
+    vectors[:, 1:] = torch.eye(3)[ACTIONS[:, :-1]]
+    reading = world.model(tokens, vectors, torch.arange(FRAMES).expand(4, -1) > 0)
+    for n, output in enumerate(outputs, start=1):
+        assert torch.allclose(output.log_likelihood, reading.log_likelihood[:, n], rtol=1e-5, atol=1e-3)
+        assert torch.allclose(output.noise, reading.encoding.noise[:, n], atol=1e-4)
+        assert torch.allclose(output.rewards, world.model.heads.rewards(reading.outcome)[:, n], atol=1e-5)
+        assert torch.equal(output.frames, world.model.codec.frames(world.model.codec.decode(tokens[:, n])))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tiny_world):
+    seeds = [9, 3, 4, 8]
+    outputs, tokens = rollout(tiny_world, tiny_world.reset(VIDEO[:, :4], ACTIONS[:, :3], seeds), ACTIONS[:, 3:8])
+    for row in range(4):
+        one = slice(row, row + 1)
+        state = tiny_world.reset(VIDEO[one, :4], ACTIONS[one, :3], seeds[one])
+        alone, its_tokens = rollout(tiny_world, state, ACTIONS[one, 3:8])
+        assert torch.allclose(tokens[one], its_tokens, atol=1e-4)
+        for output, single in zip(outputs, alone, strict=True):
+            assert torch.equal(output.terminated[one], single.terminated)
+            assert (output.frames[one] != single.frames).float().mean() < 0.01  # rounding moves a rare pixel by one
+            assert torch.allclose(output.log_likelihood[one], single.log_likelihood, atol=1e-2)
+
+
+def test_copies_continue_bit_for_bit_and_on_their_own(tiny_world):
+    state = tiny_world.reset(VIDEO[:, :4], ACTIONS[:, :3])
+    state, _ = tiny_world.step(state, ACTIONS[:, 3])
+    copy, swapped = state[:], state[[2, 2, 0]]
+    outputs, _ = rollout(tiny_world, state, ACTIONS[:, 4:7])
+    again, _ = rollout(tiny_world, copy, ACTIONS[:, 4:7])
+    for output, same in zip(outputs, again, strict=True):
+        assert_same(output, same)
+    chosen, tokens = rollout(tiny_world, swapped, ACTIONS[[2, 2, 0], 4:7])
+    assert torch.allclose(tokens[0], tokens[1], atol=1e-5)
+    for output, other in zip(outputs, chosen, strict=True):
+        assert torch.allclose(output.log_likelihood[[2, 2, 0]], other.log_likelihood, atol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, slice(1, 3), [0, 3], np.array([True, False, False, True]), np.int64(2)])
+def test_rows_are_chosen_as_in_numpy(tiny_world, rows):
+    state = tiny_world.reset(VIDEO[:, :2], ACTIONS[:, :1], seeds=[4, 5, 6, 7])
+    chosen = np.atleast_1d(np.arange(4)[rows])
+    assert state[rows].seeds.tolist() == (chosen + 4).tolist()
+    assert torch.equal(state[rows].stream.tokens, state.stream.tokens[chosen])
+    assert torch.equal(state[rows].frames, torch.from_numpy(VIDEO[chosen, 1]))
+
+
+def test_a_state_is_used_up_by_a_step_and_only_by_a_step_that_succeeds(tiny_world):
+    state = tiny_world.reset(VIDEO[:1, :2], ACTIONS[:1, :1])
+    copy = state[:]
+    with pytest.raises(ValueError, match="actions: expected values inside"):
+        tiny_world.step(state, [3])
+    with pytest.raises(ValueError, match="frames: expected"):
+        tiny_world.observe(state, [0], VIDEO[:1, 2:3])
+    _, output = tiny_world.step(state, [1])
+    assert_same(output, tiny_world.step(copy, [1])[1])
+    for use in (
+        lambda: tiny_world.step(state, [1]),
+        lambda: tiny_world.observe(state, [1], VIDEO[:1, 2]),
+        lambda: state[:],
+    ):
+        with pytest.raises(ValueError, match="state: expected one that was not used up, got one that was. Keep a copy"):
+            use()
+
+
+def test_unknown_actions_are_a_condition_of_their_own(tiny_world):
+    score = tiny_world.score(VIDEO)
+    state = tiny_world.reset(VIDEO[:, :3])
+    for n in range(3, FRAMES):
+        state, output = tiny_world.observe(state, None, VIDEO[:, n])
+        assert torch.allclose(output.log_likelihood, score.log_likelihood[:, n], rtol=1e-5, atol=1e-3)
+    tiny_world.step(state, None)
+    for action in range(3):
+        known = tiny_world.score(VIDEO, np.full((4, FRAMES - 1), action))
+        assert ((known.log_likelihood - score.log_likelihood)[:, 1:].abs() > 1e-3).all()
+
+
+def test_seeds_decide_everything_random(tiny_world):
+    state = tiny_world.reset(VIDEO[[0, 0, 0], :2], ACTIONS[[0, 0, 0], :1], seeds=[6, 6, 7])
+    outputs, tokens = rollout(tiny_world, state, ACTIONS[[0, 0, 0], 1:4])
+    assert torch.allclose(tokens[0], tokens[1], atol=1e-5) and not torch.allclose(tokens[0], tokens[2], atol=0.1)
+    noise = torch.stack([output.noise for output in outputs], dim=1)
+    frames_apart = (noise[:, 1:] - noise[:, :-1]).flatten(2).std(-1)
+    assert (frames_apart > 1.2).all()  # independent of one frame to the next
+
+
+@pytest.mark.parametrize("draft", ["fields", "tokens", "noise", "zeros"])
+@pytest.mark.parametrize("block", [None, 1, 6])
+def test_every_draft_and_block_leads_to_the_same_frame(tiny_world, draft, block):
+    start = tiny_world.reset(VIDEO[:2, :2], ACTIONS[:2, :1])
+    expected, _ = rollout(decoding(tiny_world, tolerance=1e-5), start[:], ACTIONS[:2, 1:3])
+    outputs, _ = rollout(decoding(tiny_world, draft=draft, block=block), start[:], ACTIONS[:2, 1:3])
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert (output.certificate <= tiny_world.decoding.tolerance).all()
+        assert torch.allclose(output.noise, wanted.noise, atol=2e-3)
+        assert torch.allclose(output.log_likelihood, wanted.log_likelihood, atol=0.5)
+
+
+def test_what_was_not_solved_is_reported(tiny_world):
+    world = decoding(tiny_world, max_sweeps=1, draft="zeros")
+    state = world.reset(VIDEO[:, :2], ACTIONS[:, :1])
+    output = world.step(state, ACTIONS[:, 1])[1]
+    assert (output.certificate > world.decoding.tolerance).all() and (output.sweeps <= 2).all()
+
+
+def test_temperature_scales_the_noise(tiny_world):
+    start = tiny_world.reset(VIDEO[:, :2], ACTIONS[:, :1])
+    noise = {
+        temperature: decoding(tiny_world, temperature=temperature).step(start[:], ACTIONS[:, 1])[1].noise
+        for temperature in (0.0, 0.5, 1.0)
+    }
+    assert noise[0.0].abs().max() <= tiny_world.decoding.tolerance
+    assert torch.allclose(noise[0.5], 0.5 * noise[1.0], atol=2 * tiny_world.decoding.tolerance)
+    assert 0.95 < noise[1.0].std() < 1.05
+
+
+def test_outputs_agree_with_each_other(tiny_world):
+    seeds = np.arange(300)
+    _, output = tiny_world.step(tiny_world.start(seeds), np.zeros(300, int))
+    assert torch.allclose(output.bits_per_dim, -output.log_likelihood / (16 * 16 * 3 * np.log(2)))
+    assert torch.equal(output.reward, output.rewards[torch.arange(300), output.terminated.long()])
+    p = output.termination_probability
+    assert 0.01 < p.min() and p.max() < 0.5
+    assert abs(output.terminated.sum() - p.sum()) < 3 * (p * (1 - p)).sum().sqrt()
+    assert output.frames.dtype == torch.uint8 and output.frames.shape == (300, 16, 16, 3)
+
+
+def test_starts_are_chosen_by_seeds(tiny_world):
+    state = tiny_world.start(np.arange(30))
+    shown = [[torch.equal(frame, start[-1]) for start in tiny_world.starts["frames"]] for frame in state.frames]
+    assert (np.sum(shown, axis=1) == 1).all() and np.all(np.sum(shown, axis=0) > 3)
+    one = tiny_world.start([17])
+    assert torch.equal(one.frames[0], state.frames[17])
+    assert torch.allclose(one.stream.tokens[0], state.stream.tokens[17])
+    assert state.ages.tolist() == [4] * 30
+
+
+def test_frames_given_are_not_shared(tiny_world):
+    given = torch.from_numpy(VIDEO[:, 1].copy())
+    state, output = tiny_world.observe(tiny_world.reset(VIDEO[:, :1]), None, given)
+    given.zero_()
+    assert torch.equal(state.frames, torch.from_numpy(VIDEO[:, 1]))
+    assert torch.equal(output.frames, torch.from_numpy(VIDEO[:, 1]))
+
+
+SPACES = [
+    spaces.Discrete(4, start=-1),
+    spaces.MultiDiscrete([2, 3]),
+    spaces.MultiBinary(3),
+    spaces.Box(np.array([-2, -np.inf], np.float32), np.array([3, np.inf], np.float32)),
+    spaces.Dict(keys=spaces.MultiBinary(2), mouse=spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Discrete(3)))),
+]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: type(space).__name__)
+def test_saving_and_loading_is_the_identity(build_world, tmp_path, space):
+    folder = build_world("autoregressive", action_space=space)
+    world = load_world(folder)
+    save_model(tmp_path / "copy", world.model, world.about)
+    shutil.copy(folder / STARTS, tmp_path / "copy")
+    other = load_world(str(tmp_path / "copy"), decoding=DecodingConfig(tolerance=1e-2))
+    assert other.decoding.tolerance == 1e-2 and other.name == "copy"
+    assert other.action_space == world.action_space == space
+    assert other.about == world.about == {"data": {"fps": 8.75}}
+    for name, tensor in world.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[name]), name
+    assert_same(world.starts.values(), other.starts.values())
+    assert_same(world.score(VIDEO), other.score(VIDEO))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: w.reset(VIDEO[0]), r"frames: expected \(B, K, 16, 16, 3\) uint8, got shape \(10, 16, 16, 3\)"),
+        (lambda w: w.reset(VIDEO[..., :8, :]), r"frames: expected .*, got shape \(4, 10, 16, 8, 3\)"),
+        (lambda w: w.reset(VIDEO[:, :0]), r"frames: expected .*, got shape \(4, 0, 16, 16, 3\)"),
+        (lambda w: w.reset(VIDEO[:0]), r"frames: expected .*, got shape \(0, 10, 16, 16, 3\)"),
+        (lambda w: w.reset(VIDEO / 255), "frames: expected .* uint8, got float64. Give colours from 0 to 255"),
+        (lambda w: w.reset(VIDEO * np.float32(np.nan)), "frames: expected .* uint8, got float32"),
+        (lambda w: w.score(torch.from_numpy(VIDEO).long()), "frames: expected .* uint8, got torch.int64"),
+        (lambda w: w.score(None), "frames: expected .* uint8, got object"),
+        (lambda w: w.reset(VIDEO, ACTIONS), r"actions: expected shape \(4, 9\) for Discrete\(3\), got \(4, 10\)"),
+        (lambda w: w.reset(VIDEO[:, :1], ACTIONS[:, :1]), r"actions: expected shape \(4, 0\) .*, got \(4, 1\)"),
+        (lambda w: w.score(VIDEO, ACTIONS[:, :-1] + 1), r"actions: expected values inside Discrete\(3\), .* 1 to 3"),
+        (lambda w: w.score(VIDEO, ACTIONS[:, :-1] * 1.0), "actions: expected integers .*, got dtype float64"),
+        (lambda w: w.score(VIDEO, seeds=[0, 1, 2]), r"seeds: expected 4 integers from 0 to .*, got \[0, 1, 2\]"),
+        (lambda w: w.score(VIDEO, seeds=[0, 1, 2, -1]), r"seeds: expected 4 integers from 0 .*, got \[0, 1, 2, -1\]"),
+        (lambda w: w.score(VIDEO, seeds=[0, 1, 2, 2**63]), r"seeds: expected 4 integers .*, got \[0, 1, 2, 9223"),
+        (lambda w: w.score(VIDEO, seeds=[0, 1, 2, 0.5]), r"seeds: expected 4 integers .*, got \[0, 1, 2, 0.5\]"),
+        (lambda w: w.start([-1]), r"seeds: expected 1 integers .*, got \[-1\]"),
+        (lambda w: w.step(w.start([1]), [3]), r"actions: expected values inside Discrete\(3\), got .* from 3 to 3"),
+        (lambda w: w.step(w.start([1]), [0, 0]), r"actions: expected shape \(1,\) for Discrete\(3\), got \(2,\)"),
+        (lambda w: w.observe(w.start([1]), [0], VIDEO[:2, 0]), "frames: expected 1 rows as the state has, got 2"),
+        (lambda w: World(w.model).start([0]), "world: expected start frames in .*, found none. Pass frames to reset"),
+        (lambda w: DecodingConfig(tolerance=0.0), "tolerance: expected a positive number, got 0"),
+        (lambda w: DecodingConfig(block=0), "block: expected None or at least 1, got 0"),
+        (lambda w: DecodingConfig(max_sweeps=0), "max_sweeps: expected None or at least 1, got 0"),
+        (lambda w: DecodingConfig(temperature=-1.0), "temperature: expected at least 0, got -1"),
+        (lambda w: load_world("nowhere"), r"world: expected a folder or one of \[.*\], got 'nowhere'"),
+    ],
+)
+def test_mistakes_are_told(tiny_world, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_world)
+
+
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Damages a world's configuration."""
+
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        change(config)
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return damage
+
+
+def retensored(name: str, change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    """Damages the tensors of one of a world's files."""
+
+    def damage(folder: Path) -> None:
+        tensors, _ = load_tensors(folder / name)
+        change(tensors)
+        save_tensors(folder / name, tensors)
+
+    return damage
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / CONFIG).unlink(), "expected a world's folder, .*; found no config.json"),
+        (lambda f: (f / MODEL).unlink(), "model.safetensors: expected a safetensors file, found none"),
+        (cut(MODEL), "model.safetensors: expected a complete safetensors file, got one that cannot be read"),
+        (cut(STARTS), "starts.safetensors: expected a complete safetensors file, got one that cannot be read"),
+        (lambda f: (f / MODEL).write_bytes(b""), "model.safetensors: expected a complete safetensors file"),
+        (lambda f: torch.save({"a": torch.zeros(9)}, f / MODEL), "expected a complete .* pickled checkpoints are"),
+        (cut(CONFIG), "config.json: expected a world's configuration, got one that cannot be read"),
+        (lambda f: (f / CONFIG).write_bytes(b"\xff\x00"), "config.json: expected a world's configuration"),
+        (edited(lambda c: c.update(format=2)), "config.json: expected a world of format 1, got 2"),
+        (edited(lambda c: c.pop("format")), "config.json: expected a world of format 1, got None"),
+        (lambda f: (f / CONFIG).write_text("[]"), "config.json: expected a world of format 1, got 'list'"),
+        (edited(lambda c: c.pop("model")), "config.json: expected a world's configuration, .*model"),
+        (edited(lambda c: c["model"]["flow"].update(kind="other")), "(?s)config.json: expected a world's .*kind"),
+        (edited(lambda c: c["model"]["flow"].update(channels=3)), "(?s)config.json: expected a world's .*channels"),
+        (edited(lambda c: c["action_space"].update(type="Other")), "config.json: expected a world's configuration"),
+        (edited(lambda c: c.update(action_space=None)), "config.json: expected a world's configuration"),
+        (edited(lambda c: c["action_space"].update(n=4)), r"do not fit config.json \(controls.*expected \(8, 4\), got"),
+        (edited(lambda c: c["model"]["flow"]["deep"].update(width=64)), "tensors do not fit config.json"),
+        (retensored(MODEL, lambda t: t.popitem()), r"1 tensors do not fit config.json \(.*, got None\)"),
+        (retensored(MODEL, lambda t: t.update(more=torch.zeros(1))), "1 tensors .*more: expected None"),
+        (retensored(STARTS, lambda t: t.pop("actions")), r"starts.safetensors: expected .*actions.*, got .*frames"),
+        (retensored(STARTS, lambda t: t.update(frames=t["frames"][:, :, :8])), "starts.safetensors: expected .*, got"),
+        (retensored(STARTS, lambda t: t.update(frames=t["frames"][:1])), "starts.safetensors: expected .*, got"),
+    ],
+)
+def test_a_damaged_world_is_refused(build_world, tmp_path, damage, message):
+    folder = Path(shutil.copytree(build_world(), tmp_path / "world"))
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load_world(folder)

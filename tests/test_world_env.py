@@ -1,0 +1,398 @@
+"""The contracts of the environment: Gymnasium's, Stable-Baselines3's, and its own promises."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
+
+import sfv_world
+from sfv_world.envs.world_env import WorldEnv
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+OBSERVED = {"frames": FRAMES, "actions": [0, 2, 1, 0]}
+INFO = {"log_likelihood", "bits_per_dim", "sweeps", "certificate", "termination_probability"}
+
+
+@pytest.fixture
+def env(tiny_world: sfv_world.World) -> WorldEnv:
+    return WorldEnv(tiny_world)
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
+    """Windows that are open, and all that was shown in them."""
+    shown: dict[str, list[np.ndarray]] = {}
+    monkeypatch.setattr(cv2, "imshow", lambda name, image: shown.setdefault(name, []).append(image.copy()))
+    monkeypatch.setattr(cv2, "waitKey", lambda delay: -1)
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda name, flag: float(name in shown) or -1.0)
+    monkeypatch.setattr(cv2, "destroyWindow", shown.pop)
+    return shown
+
+
+def play(env: gym.Env, actions: Any) -> list[Any]:
+    """Results of steps, up to the end of the episode."""
+    results: list[Any] = []
+    for action in actions:
+        results.append(env.step(action))
+        if results[-1][2]:
+            break
+    return results
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Compares trees of arrays and numbers bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, tuple | list):
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+# Contracts
+
+
+@pytest.mark.parametrize("source", ["folder", "world"])
+def test_gymnasium_accepts_it(tiny_folder, tiny_world, windows, source):
+    world = str(tiny_folder) if source == "folder" else tiny_world
+    check_env(gym.make("sfv_world/World-v0", world=world, render_mode="rgb_array").unwrapped)
+    assert not windows
+
+
+@pytest.mark.filterwarnings("ignore:The minimal resolution for an image is 36x36")
+def test_stable_baselines_accepts_it(env):
+    check_env_for_sb3(env)
+
+
+def test_composite_actions(build_world):
+    space = spaces.Dict(
+        keys=spaces.MultiBinary(2),
+        mouse=spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Discrete(3, start=1))),
+    )
+    env = gym.make("sfv_world/World-v0", world=str(build_world(action_space=space))).unwrapped
+    check_env(env, skip_render_check=True)
+    actions = spaces.Dict(
+        keys=spaces.MultiBinary((4, 2)),
+        mouse=spaces.Tuple((spaces.Box(-1, 1, (4, 2)), spaces.MultiDiscrete([3] * 4, start=[1] * 4))),
+    ).sample()
+    env.reset(options={"frames": FRAMES, "actions": actions})
+    env.reset(options={"frames": FRAMES[:1], "actions": ()})
+    good = env.action_space.sample()
+    for bad, message in (
+        ({"keys": good["keys"]}, r"actions: expected a dict with the keys \['keys', 'mouse'\], got \['keys'\]"),
+        ({**good, "keys": [0, 2]}, r"actions\['keys'\]: expected values inside"),
+        ({**good, "mouse": good["mouse"][:1]}, r"actions\['mouse'\]: expected a tuple of 2 parts"),
+        ({**good, "mouse": (np.full(2, np.nan), 1)}, r"actions\['mouse'\]\[0\]: expected finite numbers, got NaN"),
+        (0, "actions: expected a dict with the keys .*, got int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            env.step(bad)
+    env.step(good)
+
+
+def test_a_spec_is_a_recipe_in_plain_text(tiny_folder):
+    env = gym.make("sfv_world/World-v0", world=str(tiny_folder), temperature=0.7, block=4, max_episode_steps=3)
+    again = gym.make(EnvSpec.from_json(env.spec.to_json()))
+    assert again.unwrapped.world.decoding == env.unwrapped.world.decoding
+    assert (env.unwrapped.world.decoding.temperature, env.unwrapped.world.decoding.block) == (0.7, 4)
+    assert_same(env.reset(seed=3), again.reset(seed=3))
+    assert_same(play(env, [0, 1, 2]), play(again, [0, 1, 2]))
+
+
+def test_time_limits_truncate(tiny_world):
+    env = gym.make("sfv_world/World-v0", world=tiny_world, max_episode_steps=2)
+    assert isinstance(env, TimeLimit)
+    env.reset(seed=1)
+    assert [result[2:4] for result in play(env, [0, 0])] == [(False, False), (False, True)]
+
+
+def test_many_environments_share_a_world(tiny_world):
+    envs = gym.make_vec("sfv_world/World-v0", num_envs=2, vectorization_mode="sync", world=tiny_world)
+    observations, _ = envs.reset(seed=5)
+    alone = WorldEnv(tiny_world)
+    assert np.array_equal(observations[1], alone.reset(seed=6)[0])
+    observations, *_ = envs.step(np.array([0, 2]))
+    assert np.array_equal(observations[1], alone.step(2)[0])
+
+
+# What it returns
+
+
+def test_it_shows_what_the_world_imagines(env, tiny_world):
+    frame, info = env.reset(seed=4, options=OBSERVED)
+    assert np.array_equal(frame, FRAMES[-1]) and info == {}
+    seed = np.random.default_rng(4).integers(2**63)
+    state = tiny_world.reset(FRAMES[None], [OBSERVED["actions"]], [seed])
+    for action in (1, 2):
+        frame, reward, terminated, truncated, info = env.step(action)
+        state, output = tiny_world.step(state, [action])
+        assert np.array_equal(frame, output.frames[0].numpy()) and frame.dtype == np.uint8
+        assert type(reward) is float and reward == output.reward.item()
+        assert type(terminated) is bool and terminated == output.terminated.item()
+        assert truncated is False
+        assert info == {name: getattr(output, name).item() for name in INFO}
+        assert {type(value) for value in info.values()} == {float, int} and type(info["sweeps"]) is int
+
+
+def test_it_begins_at_start_frames_of_the_world(env, tiny_world):
+    begun = {env.reset(seed=seed)[0].tobytes() for seed in range(20)}
+    assert begun == {frames[-1].numpy().tobytes() for frames in tiny_world.starts["frames"]}
+
+
+def test_it_describes_itself(env, tiny_world):
+    assert env.observation_space == spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    assert env.action_space == spaces.Discrete(3)
+    assert env.metadata["render_fps"] == 8.75 and WorldEnv.metadata["render_fps"] == 10
+    assert WorldEnv(sfv_world.World(tiny_world.model)).metadata["render_fps"] == 10
+
+
+def test_episodes_are_functions_of_their_seeds(env):
+    def episodes() -> list[Any]:
+        first = env.reset(seed=11), play(env, [0, 1, 2, 0])
+        return [*first, env.reset(), play(env, [0, 1, 2, 0]), env.reset(options=OBSERVED), play(env, [0, 1])]
+
+    once, twice = episodes(), episodes()
+    assert_same(once, twice)
+    assert not np.array_equal(once[1][0][0], once[3][0][0])
+    env.reset(seed=12, options=OBSERVED)
+    assert not np.array_equal(env.step(0)[0], once[5][0][0])
+
+
+def test_actions_matter(env):
+    env.reset(seed=0)
+    start = env.save_state()
+    frames = set()
+    for action in range(3):
+        env.restore_state(start)
+        frames.add(env.step(action)[0].tobytes())
+    assert len(frames) == 3
+
+
+def test_what_was_returned_is_the_callers_own(env):
+    observed = {"frames": FRAMES.copy(), "actions": np.array(OBSERVED["actions"])}
+    env.render_mode = "rgb_array"
+    env.reset(seed=4, options=observed)
+    expected = play(env, [1, 2, 0])
+    frame, _ = env.reset(seed=4, options=observed)
+    frame[:], observed["frames"][:], observed["actions"][:] = 0, 0, 0
+    for action, result in zip([1, 2, 0], expected, strict=False):
+        found = env.step(action)
+        assert_same(found, result)
+        assert np.array_equal(env.render(), result[0])
+        env.render()[:] = 0
+        assert np.array_equal(env.render(), result[0])
+        found[0][:], found[4]["sweeps"] = 0, -1
+
+
+# States
+
+
+def test_saved_states_continue_bit_for_bit_and_often(env):
+    env.reset(seed=2)
+    env.step(1)
+    saved = env.save_state()
+    first = play(env, [0, 1, 2])
+    for action in (2, 2):
+        env.restore_state(saved)
+        play(env, [action])
+    env.restore_state(saved)
+    assert_same(play(env, [0, 1, 2]), first)
+    env.reset(seed=99)
+    env.restore_state(pickle.loads(pickle.dumps(saved)))
+    assert_same(play(env, [0, 1, 2]), first)
+
+
+def test_saved_states_know_whether_the_episode_ended(env, tiny_world):
+    ended = until_terminated(env)
+    final = env.save_state()
+    env.reset(seed=0)
+    env.restore_state(final)
+    with pytest.raises(ResetNeeded):
+        env.step(0)
+    other = WorldEnv(tiny_world, render_mode="rgb_array", tolerance=0.01)
+    other.restore_state(final)
+    assert np.array_equal(other.render(), ended)
+
+
+def test_states_of_other_worlds_are_refused(env, build_world):
+    other = WorldEnv(build_world(seed=1))
+    other.reset(seed=0)
+    env.reset(seed=0)
+    untouched = env.save_state()
+    for state, message in (
+        (other.save_state(), "state: expected one of .* on cpu, got one of another world"),
+        (untouched.row, "state: expected what save_state returned, got WorldState"),
+        (None, "state: expected what save_state returned, got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            env.restore_state(state)
+    expected = env.step(0)
+    env.restore_state(untouched)
+    assert_same(env.step(0), expected)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
+def test_environments_are_copied_as_they_stand(env, clone: Callable[[WorldEnv], WorldEnv]):
+    env.reset(seed=2)
+    env.step(1)
+    other = clone(env)
+    assert_same(play(other, [0, 1, 2]), play(env, [0, 1, 2]))
+    assert_same(other.reset(), env.reset())
+    other.restore_state(env.save_state())
+
+
+# Mistakes
+
+
+def until_terminated(env: WorldEnv) -> np.ndarray:
+    """Plays until an episode has terminated and returns its last frame."""
+    env.reset(seed=7)
+    for _ in range(200):
+        frame, _, terminated, _, _ = env.step(0)
+        if terminated:
+            return frame
+    raise AssertionError("the tiny world ends about one in eight frames")
+
+
+def test_nothing_steps_outside_an_episode(env):
+    env.render_mode = "rgb_array"
+    for call in (lambda: env.step(0), env.render, env.save_state):
+        with pytest.raises(ResetNeeded, match=r"expected an episode that has begun, got none. Call reset\(\) first"):
+            call()
+    until_terminated(env)
+    with pytest.raises(ResetNeeded, match=r"step: expected an episode that goes on, got one that has ended"):
+        env.step(0)
+    env.reset()
+    env.step(0)
+
+
+@pytest.mark.parametrize("action", [3, -1, 0.5, None, [0], "left"])
+def test_a_bad_action_changes_nothing(env, action):
+    env.reset(seed=3)
+    saved = env.save_state()
+    with pytest.raises(ValueError, match="actions: expected"):
+        env.step(action)
+    found = env.step(1)
+    env.restore_state(saved)
+    assert_same(env.step(1), found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": FRAMES}, r"options: expected both 'frames' and 'actions', or none of them, got \['frames'\]"),
+        ({"actions": [0]}, r"options: expected both .* got \['actions'\]"),
+        ({**OBSERVED, "seed": 1}, r"options: expected both .* got \['frames', 'actions', 'seed'\]"),
+        ({"frames": FRAMES, "actions": [0]}, r"actions: expected shape \(1, 4\) for Discrete\(3\), got \(1, 1\)"),
+        ({"frames": FRAMES, "actions": []}, r"actions: expected shape \(1, 4\) .*, got \(1, 0\)"),
+        ({"frames": FRAMES[:1], "actions": [0]}, r"actions: expected shape \(1, 0\) .*, got \(1, 1\)"),
+        ({"frames": FRAMES, "actions": [0, 1, 2, 3]}, r"actions: expected values inside Discrete\(3\)"),
+        ({"frames": FRAMES[0], "actions": []}, r"frames: expected \(B, K, 16, 16, 3\) uint8, got shape \(1, 16"),
+        ({"frames": FRAMES[:, :8], "actions": [0] * 4}, r"frames: expected .*, got shape \(1, 5, 8, 16, 3\)"),
+        ({"frames": FRAMES / 255, "actions": [0] * 4}, "frames: expected .* uint8, got float64"),
+        ({"frames": None, "actions": []}, "frames: expected .* uint8, got object"),
+    ],
+)
+def test_bad_options_leave_the_episode_as_it_is(env, options, message):
+    env.reset(seed=3)
+    saved = env.save_state()
+    with pytest.raises(ValueError, match=message):
+        env.reset(options=options)
+    found = env.step(1)
+    env.restore_state(saved)
+    assert_same(env.step(1), found)
+
+
+def test_one_observed_frame_is_enough(env):
+    frame, _ = env.reset(seed=0, options={"frames": FRAMES[:1], "actions": []})
+    assert np.array_equal(frame, FRAMES[0])
+    env.step(0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"render_mode": "ansi"}, "render_mode: expected None, 'human' or 'rgb_array', got 'ansi'"),
+        ({"device": "meta"}, "device: expected cpu, where the world is, got meta"),
+        ({"temperature": -1.0}, "temperature: expected at least 0, got -1"),
+        ({"max_sweeps": 0}, "max_sweeps: expected None or at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_told(tiny_world, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        WorldEnv(tiny_world, **kwargs)
+
+
+def test_unknown_names_are_told(tiny_world):
+    with pytest.raises(ValueError, match=r"world: expected a folder or one of \[.*\], got 'nowhere'"):
+        gym.make("sfv_world/World-v0", world="nowhere")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sweeps'"):
+        gym.make("sfv_world/World-v0", world=tiny_world, sweeps=3)
+    with pytest.raises(ValueError, match="expected start frames in starts.safetensors, found none. Pass frames"):
+        WorldEnv(sfv_world.World(tiny_world.model)).reset()
+
+
+def test_a_frame_that_did_not_converge_is_never_silent(tiny_world):
+    env = WorldEnv(tiny_world, max_sweeps=1, draft="zeros")
+    env.reset(seed=0)
+    with pytest.warns(RuntimeWarning, match=r"certificate: expected at most 0.001, got \d.*before the frame converged"):
+        info = env.step(0)[4]
+    assert info["certificate"] > 0.001
+
+
+def test_options_of_one_environment_are_not_anothers(tiny_world):
+    other = WorldEnv(tiny_world, temperature=0.0)
+    assert tiny_world.decoding.temperature == 1.0 and other.world.model is tiny_world.model
+    other.action_space.seed(0)
+    assert other.action_space is not tiny_world.action_space
+
+
+# Rendering
+
+
+def test_human_windows_follow_the_episode_and_close(tiny_world, windows):
+    env = gym.make("sfv_world/World-v0", world=tiny_world, render_mode="human")
+    env.reset(seed=0, options=OBSERVED)
+    frame = env.step(0)[0]
+    assert env.render() is None
+    ((name, images),) = windows.items()
+    assert tiny_world.name in name and len(images) == 3
+    assert np.array_equal(images[0][::8, ::8, ::-1], FRAMES[-1])
+    assert images[1].shape == (128, 128, 3) and np.array_equal(images[1][7::8, 7::8, ::-1], frame)
+    env.close()
+    assert not windows
+    env.close()
+
+
+def test_a_window_closed_by_hand_is_no_error(tiny_world, windows):
+    env = WorldEnv(tiny_world, render_mode="human")
+    env.reset(seed=0)
+    windows.clear()
+    env.close()
+
+
+def test_rendering_without_a_mode_warns(env):
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match="render_mode: expected 'human' or 'rgb_array', got None"):
+        assert env.render() is None
+
+
+def test_frames_are_rendered_as_observed(tiny_folder: Path):
+    env = gym.make("sfv_world/World-v0", world=str(tiny_folder), render_mode="rgb_array", device=torch.device("cpu"))
+    frame, _ = env.reset(seed=0)
+    assert np.array_equal(env.render(), frame)
+    frame = env.step(1)[0]
+    assert np.array_equal(env.render(), frame)
