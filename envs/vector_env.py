@@ -7,7 +7,7 @@ would be, whatever the other rows do.
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -57,7 +57,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        output: Literal["numpy", "torch"] = "numpy",
+        output: str = "numpy",
         **decoding: Any,
     ):
         if num_envs < 1:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
-from sfv_world.world import World, WorldState, load_world
+from sfv_world.world import World, WorldOutput, WorldState, load_world
 
 ENLARGED = 8
 """Side of a pixel in the window of render mode "human"."""
@@ -132,21 +133,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
             raise ResetNeeded("step: expected an episode that goes on, got one that has ended. Call reset() first.")
         self._state, output = self.world.step(state, _one(self.action_space, action))
         self._terminated = bool(output.terminated)
-        certificate, tolerance = output.certificate.item(), self.world.decoding.tolerance
-        if not certificate <= tolerance:
-            warnings.warn(
-                f"certificate: expected at most {tolerance:g}, got {certificate:.3g}. Decoding stopped before the "
-                "frame converged: its log-likelihood is exact, but it is not quite a sample. Raise max_sweeps.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        info = {
-            "log_likelihood": output.log_likelihood.item(),
-            "bits_per_dim": output.bits_per_dim.item(),
-            "sweeps": output.sweeps.item(),
-            "certificate": certificate,
-            "termination_probability": output.termination_probability.item(),
-        }
+        warn_if_unconverged(output.certificate, self.world.decoding.tolerance)
+        info = {name: values.item() for name, values in step_info(output).items()}
         return self._observation(), output.reward.item(), self._terminated, False, info
 
     def render(self) -> UInt8[np.ndarray, "h w 3"] | None:
@@ -234,6 +222,29 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         frames, actions = np.asarray(options["frames"])[None], options["actions"]
         none = frames.shape[1:2] == (1,) and len(actions) == 0
         return frames, None if none else _one(self.action_space, actions)
+
+
+def step_info(output: WorldOutput) -> dict[str, Tensor]:
+    """What `info` says of a step, by row."""
+    return {
+        "log_likelihood": output.log_likelihood.double(),
+        "bits_per_dim": output.bits_per_dim.double(),
+        "sweeps": output.sweeps,
+        "certificate": output.certificate.double(),
+        "termination_probability": output.termination_probability.double(),
+    }
+
+
+def warn_if_unconverged(certificates: Float[Tensor, "b"], tolerance: float) -> None:
+    """Warns of frames whose decoding stopped before they were what was asked for; never silently."""
+    unconverged = certificates[~(certificates <= tolerance)]
+    if len(unconverged):
+        warnings.warn(
+            f"certificate: expected at most {tolerance:g}, got {unconverged.max().item():.3g}. Decoding stopped before the "
+            "frame converged: its log-likelihood is exact, but it is not quite a sample. Raise max_sweeps.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _one(space: spaces.Space[Any], actions: Any) -> Any:

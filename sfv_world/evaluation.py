@@ -168,11 +168,13 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
     }
 
 
-def psnr(a: Float[np.ndarray, "*b h w 3"], b: UInt8[np.ndarray, "*b h w 3"]) -> Float[np.ndarray, "*b"]:
-    """Peak signal-to-noise ratio of frames with colours from 0 to 255, in decibels."""
-    error = np.square(a.astype(np.float64) - b).mean(axis=(-3, -2, -1))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+def psnr(imagined: Float[np.ndarray, "b h w 3"], real: UInt8[np.ndarray, "b h w 3"]) -> float:
+    """Peak signal-to-noise ratio, in decibels, of the squared error averaged over all frames.
+
+    Averaged before the logarithm, because a copy of a frame in which nothing moves has no error at all.
+    """
+    return float(10 * np.log10(255**2 / max(np.square(imagined.astype(np.float64) - real).mean(), 1e-9)))
 
 
 def _by_horizon(imagined: np.ndarray, real: np.ndarray) -> dict[int, float]:
-    return {horizon: float(psnr(imagined[:, horizon - 1], real[:, horizon - 1]).mean()) for horizon in HORIZONS}
+    return {horizon: psnr(imagined[:, horizon - 1], real[:, horizon - 1]) for horizon in HORIZONS}

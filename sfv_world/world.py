@@ -62,7 +62,8 @@ class WorldState:
         self.check()
         places = torch.from_numpy(rows).to(self.frames.device)
         self.stream.put(places, other.stream)
-        self.frames[places], self.seeds[rows], self.ages[rows] = other.frames, other.seeds, other.ages
+        self.frames = self.frames.index_put((places,), other.frames)  # a new one: outputs share the old one
+        self.seeds[rows], self.ages[rows] = other.seeds, other.ages
 
     def check(self) -> None:
         """Raises a ValueError if the state was used up."""

@@ -228,22 +228,24 @@ def test_the_clock_does_not_matter(kind: DeepKind, clock: int) -> None:
 
 
 @each_kind
-@given(clock=st.integers(0, 10_000), window=st.integers(1, 3), seed=seeds)
+@given(clock=st.integers(0, 10_000), window=st.integers(1, 3), known=st.integers(1, 4), seed=seeds)
 @law(max_examples=6)
 @torch.no_grad()
-def test_a_row_can_join_others_at_their_clock(kind: DeepKind, clock: int, window: int, seed: int) -> None:
+def test_a_row_can_join_others_at_their_clock(
+    kind: DeepKind, clock: int, window: int, known: int, seed: int
+) -> None:
     flow = tiny_flow(kind, window=window, seed=seed)
     tokens, controls = video(flow, 2, 6, seed)
     expected = flow(tokens, controls).log_prob
     state, _ = read_video(flow, tokens[:, :3], controls[:, :3], 3 + clock)
-    longer, _ = read_video(flow, tokens[1:, :4], controls[1:, :4])
+    other, _ = read_video(flow, tokens[1:, :known], controls[1:, :known])
     untouched = state.rows(torch.tensor([0, 1]))
-    longer.cache = flow.deep.at_clock(longer.cache, state.cache.clock)
-    state.put(torch.tensor([1]), longer)
-    for n in (3, 4):
-        next_tokens = torch.stack([tokens[0, n], tokens[1, n + 1]])
-        report = read_frame(flow, state, next_tokens, torch.stack([controls[0, n], controls[1, n + 1]]))
-        close(report.log_prob, torch.stack([expected[0, n], expected[1, n + 1]]))
+    other.cache = flow.deep.at_clock(other.cache, state.cache.clock)
+    state.put(torch.tensor([1]), other)
+    for n, m in ((3, known), (4, known + 1)):
+        next_tokens = torch.stack([tokens[0, n], tokens[1, m]])
+        report = read_frame(flow, state, next_tokens, torch.stack([controls[0, n], controls[1, m]]))
+        close(report.log_prob, torch.stack([expected[0, n], expected[1, m]]))
         alone = read_frame(flow, untouched, tokens[:, n], controls[:, n])
         exact(report.log_prob[0], alone.log_prob[0])
 

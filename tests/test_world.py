@@ -219,6 +219,25 @@ def test_starts_are_chosen_by_seeds(tiny_world):
     assert state.ages.tolist() == [4] * 30
 
 
+def test_rows_put_into_a_state_go_on_as_they_would_have(tiny_world):
+    state, output = tiny_world.step(tiny_world.reset(VIDEO, ACTIONS[:, :-1]), ACTIONS[:, -1])
+    shown = output.frames.clone()
+    fresh = tiny_world.reset(VIDEO[2:, :4], ACTIONS[2:, :3], seeds=[8, 9], clock=state.clock)
+    expected, tokens = rollout(
+        tiny_world, tiny_world.reset(VIDEO[2:, :4], ACTIONS[2:, :3], seeds=[8, 9]), ACTIONS[2:, :4]
+    )
+    others, other_tokens = rollout(tiny_world, state[[0, 3]], ACTIONS[[0, 3], :4])
+    state.put(np.array([2, 1]), fresh)
+    assert torch.equal(output.frames, shown)
+    assert torch.equal(state.frames[[0, 2, 1, 3]], torch.stack([shown[0], *fresh.frames, shown[3]]))
+    found, found_tokens = rollout(tiny_world, state, ACTIONS[[0, 3, 2, 3], :4])
+    assert torch.allclose(found_tokens[[2, 1]], tokens, atol=1e-4)
+    assert torch.allclose(found_tokens[[0, 3]], other_tokens, atol=1e-4)
+    for output, wanted, other in zip(found, expected, others, strict=True):
+        assert torch.allclose(output.log_likelihood[[2, 1]], wanted.log_likelihood, atol=1e-2)
+        assert torch.allclose(output.log_likelihood[[0, 3]], other.log_likelihood, atol=1e-2)
+
+
 def test_frames_given_are_not_shared(tiny_world):
     given = torch.from_numpy(VIDEO[:, 1].copy())
     state, output = tiny_world.observe(tiny_world.reset(VIDEO[:, :1]), None, given)
@@ -246,7 +265,7 @@ def test_saving_and_loading_is_the_identity(build_world, tmp_path, space):
     assert other.decoding.tolerance == 1e-2 and other.name == "copy"
     assert other.action_space == world.action_space == space
     assert other.about == world.about == {"data": {"fps": 8.75}}
-    for name, tensor in world.model.state_dict().items():
+    for name, tensor in load_tensors(folder / MODEL)[0].items():
         assert torch.equal(tensor, other.model.state_dict()[name]), name
     assert_same(world.starts.values(), other.starts.values())
     assert_same(world.score(VIDEO), other.score(VIDEO))

@@ -1,0 +1,72 @@
+"""The Stable-Baselines3 skin: its conventions, its wrappers, and an agent that trains in it."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecTransposeImage
+
+from sfv_world.envs.sb3 import WorldVecEnv
+from sfv_world.envs.vector_env import WorldVectorEnv
+
+
+@pytest.fixture
+def envs(tiny_world):
+    return WorldVecEnv(WorldVectorEnv(3, world=tiny_world, max_episode_steps=5, autoreset_mode="SameStep"))
+
+
+def test_conventions(envs):
+    envs.seed(0)
+    first = envs.reset()
+    ended = limited = 0
+    for _ in range(12):
+        frames, rewards, dones, infos = envs.step(np.zeros(3, int))
+        assert frames.dtype == np.uint8 and rewards.dtype == np.float32
+        for row, done in enumerate(dones):
+            assert "log_likelihood" in infos[row]
+            assert ("terminal_observation" in infos[row]) == done
+            if done:
+                ended += 1
+                limited += infos[row]["TimeLimit.truncated"]
+                assert infos[row]["terminal_observation"].shape == (16, 16, 3)
+                assert not np.array_equal(infos[row]["terminal_observation"], frames[row])
+    assert ended >= 6 and limited > 0
+    envs.seed(0)
+    np.testing.assert_array_equal(envs.reset(), first)
+
+
+def test_attributes_and_methods(envs):
+    envs.reset()
+    assert envs.get_attr("max_episode_steps") == [5, 5, 5]
+    assert envs.get_attr("max_episode_steps", indices=[1]) == [5]
+    envs.set_attr("max_episode_steps", 7)
+    assert envs.envs.max_episode_steps == 7
+    assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [False] * 3
+    states = envs.env_method("save_state")
+    assert [len(state) for state in states] == [1, 1, 1]
+    frames = envs.step(np.zeros(3, int))[0]
+    for row, state in enumerate(states):
+        envs.env_method("restore_state", state, indices=row)
+    again = envs.step(np.zeros(3, int))[0]
+    assert np.abs(frames.astype(int) - again).max() <= 1
+    with pytest.raises(ValueError, match="indices: expected all rows"):
+        envs.set_attr("max_episode_steps", 7, indices=0)
+
+
+def test_options_begin_rows(envs):
+    frames = np.random.default_rng(0).integers(256, size=(3, 2, 16, 16, 3), dtype=np.uint8)
+    envs.set_options([{"frames": frame, "actions": np.array([1])} for frame in frames])
+    np.testing.assert_array_equal(envs.reset(), frames[:, -1])
+
+
+def test_wrappers_and_an_agent(envs):
+    wrapped = VecFrameStack(VecTransposeImage(VecMonitor(envs)), 2)
+    assert wrapped.reset().shape == (3, 6, 16, 16)
+    agent = PPO("MlpPolicy", wrapped, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
+    agent.learn(48)
+    assert len(agent.ep_info_buffer) > 0
+
+
+def test_other_conventions_are_refused(tiny_world):
+    with pytest.raises(ValueError, match="SameStep"):
+        WorldVecEnv(WorldVectorEnv(2, world=tiny_world))

@@ -1,0 +1,186 @@
+"""The batch of worlds: Gymnasium's vector conventions, and rows that know nothing of each other."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.envs.world_env import WorldEnv
+
+ROWS = 3
+
+
+def play(envs, steps, seed=0):
+    """Frames, rewards, terminations, truncations and infos of random actions."""
+    rng = np.random.default_rng(seed)
+    return [envs.step(rng.integers(3, size=envs.num_envs)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode)[:2])
+def test_rows_are_what_gymnasiums_own_vector_env_makes_of_single_ones(tiny_world, mode):
+    def single():
+        return gym.wrappers.TimeLimit(WorldEnv(tiny_world), 6)
+
+    expected = SyncVectorEnv([single] * ROWS, autoreset_mode=mode)
+    envs = WorldVectorEnv(ROWS, world=tiny_world, max_episode_steps=6, autoreset_mode=mode)
+    assert envs.observation_space == expected.observation_space
+    assert envs.action_space == expected.action_space
+    assert envs.metadata["autoreset_mode"] is mode
+    np.testing.assert_array_equal(expected.reset(seed=3)[0], envs.reset(seed=3)[0])
+    ends = 0
+    for theirs, ours in zip(play(expected, 12), play(envs, 12), strict=True):
+        assert np.abs(theirs[0].astype(int) - ours[0]).max() <= 1  # a colour on the edge of its cell may round over it
+        np.testing.assert_allclose(ours[1], theirs[1], atol=1e-4)
+        np.testing.assert_array_equal(ours[2], theirs[2])
+        np.testing.assert_array_equal(ours[3], theirs[3])
+        ends += (ours[2] | ours[3]).sum()
+        compare_infos(theirs[4], ours[4])
+    assert ends > 3
+
+
+def compare_infos(theirs, ours):
+    assert {name for name, mask in theirs.items() if name[0] == "_"} <= ours.keys()
+    for name, values in theirs.items():
+        if name[0] == "_":
+            np.testing.assert_array_equal(ours[name], values)
+        elif name == "final_info":
+            compare_infos(values, ours[name])
+        elif name == "final_obs":
+            for mine, frame in zip(ours[name], values, strict=True):
+                assert (mine is None) == (frame is None)
+                assert frame is None or np.abs(mine.astype(int) - frame).max() <= 1
+        elif name not in ("sweeps", "certificate"):
+            np.testing.assert_allclose(ours[name], values, rtol=1e-4, atol=1e-4)
+
+
+def test_make_vec_makes_it(tiny_folder):
+    envs = gym.make_vec(
+        "sfv_world/World-v0",
+        num_envs=3,
+        vectorization_mode="vector_entry_point",
+        world=str(tiny_folder),
+        max_episode_steps=5,
+    )
+    assert isinstance(envs.unwrapped, WorldVectorEnv)
+    frames, _ = envs.reset(seed=0)
+    assert frames in envs.observation_space
+    frames, rewards, terminated, truncated, info = envs.step(envs.action_space.sample())
+    assert frames in envs.observation_space
+    assert rewards.shape == terminated.shape == truncated.shape == (3,)
+    assert (info["certificate"] < 1e-3).all()
+
+
+def test_rows_do_not_depend_on_each_other(tiny_world):
+    """The same row among other neighbours, some of which reset in between."""
+    one = WorldVectorEnv(1, world=tiny_world)
+    many = WorldVectorEnv(ROWS, world=tiny_world, autoreset_mode="Disabled")
+    one.reset(seed=[7])
+    many.reset(seed=[1, 7, 4])
+    for step in range(12):
+        a, b = one.step(np.array([1]))[0], many.step(np.array([step % 3, 1, 2]))[0]
+        assert np.abs(a[0].astype(int) - b[1]).max() <= 1
+        if one._ended[0]:
+            break
+        if step % 4 == 3 or many._ended.any():
+            many.reset(options={"reset_mask": many._ended | np.array([True, False, True])})
+    assert step >= 3
+
+
+def test_the_reset_mask_leaves_other_rows_alone(tiny_world):
+    envs = WorldVectorEnv(ROWS, world=tiny_world, autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    before = envs._frames()
+    mask = np.array([True, False, True])
+    frames, _ = envs.reset(seed=[9, None, 9], options={"reset_mask": mask})
+    np.testing.assert_array_equal(frames[~mask], before[~mask])
+    np.testing.assert_array_equal(frames[0], frames[2])
+
+
+def test_observed_frames_begin_rows(tiny_world):
+    frames = np.random.default_rng(0).integers(256, size=(ROWS, 3, 16, 16, 3), dtype=np.uint8)
+    actions = np.random.default_rng(1).integers(3, size=(ROWS, 2))
+    envs = WorldVectorEnv(ROWS, world=tiny_world)
+    found, _ = envs.reset(seed=0, options={"frames": frames, "actions": actions})
+    np.testing.assert_array_equal(found, frames[:, -1])
+    single = WorldEnv(tiny_world)
+    single.reset(seed=2, options={"frames": frames[2], "actions": actions[2]})
+    a, b = single.step(1)[0], envs.step(np.ones(ROWS, int))[0]
+    assert np.abs(a.astype(int) - b[2]).max() <= 1
+
+
+def test_states_are_restored_bit_for_bit(tiny_world):
+    envs = WorldVectorEnv(ROWS, world=tiny_world)
+    envs.reset(seed=0)
+    play(envs, 3)
+    state = envs.save_state()
+    first = play(envs, 5)
+    envs.restore_state(state)
+    again = play(envs, 5)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+        np.testing.assert_array_equal(a[4]["log_likelihood"], b[4]["log_likelihood"])
+
+
+def test_a_row_is_forked_into_others_at_another_clock(tiny_world):
+    envs = WorldVectorEnv(ROWS, world=tiny_world, autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    row = envs.save_state([1])
+    original = envs.step(np.full(ROWS, 2))[0][1]
+    envs.reset(options={"reset_mask": np.ones(ROWS, bool)}, seed=5)
+    envs._ended[:] = False
+    envs.step(np.zeros(ROWS, int))
+    envs._ended[:] = False
+    envs.restore_state(tiny_world.at_clock(row, row.clock)[[0, 0]], rows=[0, 2])
+    frames = envs.step(np.full(ROWS, 2))[0]
+    for index in (0, 2):
+        assert np.abs(frames[index].astype(int) - original).max() <= 1
+
+
+def test_torch_output_stays_on_the_device(tiny_world):
+    numpy, tensors = (WorldVectorEnv(ROWS, world=tiny_world, output=kind) for kind in ("numpy", "torch"))
+    np.testing.assert_array_equal(numpy.reset(seed=0)[0], tensors.reset(seed=0)[0].numpy())
+    for a, b in zip(play(numpy, 4), play(tensors, 4), strict=True):
+        assert all(isinstance(value, torch.Tensor) for value in (*b[:4], *b[4].values()))
+        for x, y in zip((*a[:4], *a[4].values()), (*b[:4], *b[4].values()), strict=True):
+            np.testing.assert_array_equal(x, y.numpy())
+
+
+def test_memory_is_constant_and_time_does_not_run_out(tiny_world):
+    """Many steps of a ring: the cache keeps its place in memory, its size and its precision."""
+    envs = WorldVectorEnv(2, world=tiny_world)
+    envs.reset(seed=0)
+    keys = envs._state.stream.cache.keys
+    place, size = keys.data_ptr(), keys.shape
+    for infos in (result[4] for result in play(envs, 40)):
+        assert (infos["certificate"] < 1e-3).all()
+    assert (envs._state.stream.cache.keys.data_ptr(), envs._state.stream.cache.keys.shape) == (place, size)
+
+
+def test_mistakes_are_told_before_anything_changes(tiny_world):
+    envs = WorldVectorEnv(ROWS, world=tiny_world, autoreset_mode="Disabled")
+    with pytest.raises(ResetNeeded, match="Call reset"):
+        envs.step(np.zeros(ROWS, int))
+    envs.reset(seed=0)
+    state = envs.save_state()
+    for actions, message in ((np.zeros(ROWS - 1, int), r"actions: expected shape \(3,\)"), (np.full(ROWS, 3), "inside")):
+        with pytest.raises(ValueError, match=message):
+            envs.step(actions)
+    with pytest.raises(ValueError, match="seed: expected 3"):
+        envs.reset(seed=[1])
+    with pytest.raises(ValueError, match="options: expected"):
+        envs.reset(options={"frame": 1})
+    with pytest.raises(ValueError, match="reset_mask: expected"):
+        envs.reset(options={"reset_mask": np.zeros(ROWS, bool)})
+    with pytest.raises(ValueError, match="frames: expected"):
+        envs.reset(options={"frames": np.zeros((ROWS, 2, 8, 8, 3), np.uint8)})
+    with pytest.raises(ValueError, match="state: expected a saved state of 3 rows, got 1 rows"):
+        envs.restore_state(envs.save_state([0]))
+    frames = envs.step(np.zeros(ROWS, int))[0]
+    envs.restore_state(state)
+    np.testing.assert_array_equal(envs.step(np.zeros(ROWS, int))[0], frames)
+    for kwargs in ({"num_envs": 0}, {"output": "jax"}, {"render_mode": "human"}, {"autoreset_mode": "sometimes"}):
+        with pytest.raises(ValueError, match=r"num_envs|output|render_mode|sometimes"):
+            WorldVectorEnv(**{"world": tiny_world, **kwargs})
