@@ -216,7 +216,10 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             return
         clock = None if self._state is None else self._state.clock
         seeds = [self._generators[row].integers(2**63) for row in rows]
-        fresh = self.world.reset(*observed, seeds, clock) if observed else self.world.start(seeds, clock)
+        if observed is None:
+            fresh = self.world.start(seeds, clock)
+        else:
+            fresh = self.world.reset(*observed, seeds=seeds, clock=clock)
         if self._state is None:
             self._state = fresh
         else:

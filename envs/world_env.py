@@ -117,7 +117,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         observed = self._observed(options or {})
         super().reset(seed=seed)
         row_seed = [self.np_random.integers(2**63)]
-        self._state = self.world.reset(*observed, row_seed) if observed else self.world.start(row_seed)
+        self._state = self.world.reset(*observed, seeds=row_seed) if observed else self.world.start(row_seed)
         self._terminated = False
         return self._observation(), {}
 

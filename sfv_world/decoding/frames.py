@@ -11,17 +11,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfv_world.decoding.solver import DecodingConfig, draft_tokens, solve
+from sfv_world.decoding.solver import DecodingConfig, Draft, draft_tokens, solve
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.model import Encoding, Stage, VideoFlow
 
 DEEP_SHARE = 0.5
 """Tolerance of the autoregressive deep flow, in units of the frame's."""
-SHALLOW_SHARE = 1e-2
-"""Tolerance of the shallow blocks, in units of the frame's: their errors are amplified by the maps that follow."""
+SHALLOW_SHARE = 0.3
+"""Tolerance of the shallow blocks where the deep flow does not read their latents, in units of the frame's."""
 SHALLOW_TOLERANCE = 1e-5
-"""Their tolerance where the frame's is loose, so that the deep flow's fields, found before them, stay the frame's own."""
+"""Their tolerance where it does: the fields it evaluated before them are then the frame's own."""
+TIGHTER = 0.01
+"""Rows whose frame misses its tolerance are solved on, this much tighter each time."""
+ATTEMPTS = 3
 
 
 @dataclass
@@ -144,32 +147,50 @@ def imagine_frame(
         latents, sweeps, features = solution.tokens, solution.sweeps, solution.features
         fields, condition = flow.deep.fields(features), None
 
-    tokens, shallow_sweeps = _invert_shallow(flow, latents, state.shallow, condition, config)
-    found, log_det, shallow = flow.shallow(tokens, condition)
-    if flow.config.kind == "autoregressive" and config.max_sweeps is not None:
-        # Shallow blocks that stopped short leave other latents than those solved for, and those are the frame's.
-        features, fields = _read_latents(flow, state, found, controls)
-        sweeps += 1
-    exact, deep_log_det = fields.normalise(found)
-    certificate = (exact - noise).abs().amax(dim=(1, 2))
+    previous, draft = state.shallow, config.draft
+    loose = SHALLOW_SHARE * config.tolerance
+    tolerance = torch.full_like(noise[:, 0, 0], min(loose, SHALLOW_TOLERANCE) if condition is None else loose)
+    shallow_sweeps = torch.zeros_like(sweeps)
+    for attempt in range(1, ATTEMPTS + 1):
+        tokens, taken = _invert_shallow(flow, latents, previous, condition, config, draft, tolerance)
+        found, log_det, shallow = flow.shallow(tokens, condition)
+        if condition is None and config.max_sweeps is not None:
+            # Shallow blocks that stopped short leave other latents than those solved for, and those are the frame's.
+            features, fields = _read_latents(flow, state, found, controls)
+            sweeps = sweeps + 1
+        exact, deep_log_det = fields.normalise(found)
+        certificate = (exact - noise).abs().amax(dim=(1, 2))
+        missed = ~(certificate <= config.tolerance)
+        shallow_sweeps += taken + len(shallow)
+        if attempt == ATTEMPTS or config.max_sweeps is not None or not missed.any():
+            break
+        # Rows that are good enough start from their own answer with any tolerance: they stay as they are, bit for bit.
+        tolerance = torch.where(missed, TIGHTER * tolerance, torch.inf)
+        previous, draft = shallow, "tokens"
     _advance(state, Stage(found, fields), shallow)
     log_prob = standard_normal_log_prob(exact) + log_det + deep_log_det
-    return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps + len(shallow), certificate)
+    return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps, certificate)
 
 
 def _invert_shallow(
-    flow: VideoFlow, latents: Tensor, previous: list[Stage], condition: Tensor | None, config: DecodingConfig
+    flow: VideoFlow,
+    latents: Tensor,
+    previous: list[Stage],
+    condition: Tensor | None,
+    config: DecodingConfig,
+    draft: Draft,
+    tolerance: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """latents -> (tokens, sweeps): the blocks of the shallow flow inverted, last one first."""
     sweeps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
     for index in reversed(range(len(previous))):
-        block, noise = flow.shallow.blocks[index], flow.shallow.orient(index, latents)
+        block, noise = flow.shallow.block(index), flow.shallow.orient(index, latents)
         solution = solve(
             block,
             noise,
-            draft_tokens(noise, previous[index], config.draft),
+            draft_tokens(noise, previous[index], draft),
             block.new_cache(len(noise)),
-            tolerance=min(SHALLOW_SHARE * config.tolerance, SHALLOW_TOLERANCE),
+            tolerance=tolerance,
             size=config.block,
             max_sweeps=config.max_sweeps,
             before=block.sos_embed.expand(len(noise), -1, -1),

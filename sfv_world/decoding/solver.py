@@ -80,7 +80,7 @@ def solve(
     draft: Float[Tensor, "b l c"],
     cache: FrameCache,
     *,
-    tolerance: float,
+    tolerance: float | Float[Tensor, "b"],
     size: int | None,
     max_sweeps: int | None,
     before: Float[Tensor, "b 1 c"],
@@ -94,7 +94,7 @@ def solve(
         noise: its output.
         draft: where to start; the result depends on it only within the tolerance.
         cache: the block's cache, which ends up with the keys and values of the tokens returned.
-        tolerance: of the certificate.
+        tolerance: of the certificate, for all rows or each.
         size: tokens solved together; none: the whole frame.
         max_sweeps: for each `size` tokens; none: one more than there are tokens, which always suffices.
         before: what slot 0 carries: the token before the frame's first, or the start token.
@@ -104,6 +104,7 @@ def solve(
     A row's result never depends on the other rows; a row that is done takes no further part.
     """
     rows, length = noise.shape[:2]
+    tolerances = torch.as_tensor(tolerance, device=noise.device).expand(rows)
     tokens = draft.clone()
     features = noise.new_empty(rows, length, block.config.width)
     sweeps = torch.zeros(rows, dtype=torch.long, device=noise.device)
@@ -124,7 +125,7 @@ def solve(
                 break
             found, _ = fields.normalise(now[:, at])
             error = (found - wanted).abs().amax(dim=(1, 2))
-            done = (error < tolerance) | (sweep == limit)  # NaN is never below and goes on to the limit
+            done = (error < tolerances[active]) | (sweep == limit)  # NaN is never below and goes on to the limit
             finished = active[done]
             certificate[finished] = torch.maximum(certificate[finished], error[done])
             features[finished, at] = seen[done]

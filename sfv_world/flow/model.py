@@ -7,7 +7,7 @@ which then carry what is left to say within the frame. Both are exact.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -95,6 +95,10 @@ class ShallowFlow(nn.Module):
             for _ in range(config.shallow_blocks)
         )
 
+    def block(self, index: int) -> SlotTransformer:
+        """Block `index`, the first one to read tokens being 0."""
+        return cast(SlotTransformer, self.blocks[index])
+
     @staticmethod
     def orient(index: int, x: Tensor) -> Tensor:
         """`x` (..., slots, channels) in block `index`'s direction, or back: even blocks read a frame from its end."""
@@ -105,7 +109,8 @@ class ShallowFlow(nn.Module):
     ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l"], list[Stage]]:
         """tokens -> (latents, log|det| by token, what each block saw), for frames that know nothing of each other."""
         total, stages = tokens.new_zeros(tokens.shape[:-1]), []
-        for index, block in enumerate(self.blocks):
+        for index in range(len(self.blocks)):
+            block = self.block(index)
             x, c = self.orient(index, tokens), None if condition is None else self.orient(index, condition)
             features = block.features(block.shift(x[:, None]), condition=None if c is None else c[:, None])
             fields = block.fields(features[:, 0])
@@ -118,7 +123,8 @@ class ShallowFlow(nn.Module):
         self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
     ) -> Float[Tensor, "n l c"]:
         """latents -> tokens, one after the other."""
-        for index, block in reversed(list(enumerate(self.blocks))):
+        for index in reversed(range(len(self.blocks))):
+            block = self.block(index)
             z, c = self.orient(index, latents), None if condition is None else self.orient(index, condition)
             start = block.sos_embed.expand(len(z), -1, -1)
             latents = self.orient(index, block.inverse(z, block.new_cache(len(z)), start, condition=c))

@@ -174,7 +174,7 @@ class SlotTransformer(nn.Module):
         if cache is not None:
             cache.fill(index, *(rearrange(x, "(b t) h l d -> b t h l d", t=frames) for x in (k, v)))
         window = min(self.config.window, frames)
-        if window == 1:
+        if mask is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.order == "token")
         k, v = (_windows(x, frames, window) for x in (k, v))
         return attend(q, k, v, mask.repeat(len(q) // frames, 1, 1, 1))
