@@ -26,18 +26,18 @@ DISCRETE = spaces.Discrete(3)
 
 
 def tiny_model(kind: DeepKind, action_space: spaces.Space, seed: int) -> WorldModel:
-    """A model of 16 x 16 frames in 16 tokens, window 3, in which every weight matters."""
-    codec = PixelCodecConfig(16, 16, patch=4)
+    """A model of 16 x 24 frames in 2 x 3 tokens, window 3, in which every weight matters."""
+    codec = PixelCodecConfig(16, 24, patch=8)
     deep, shallow = TransformerConfig(32, 2, head_dim=16, window=3), TransformerConfig(32, 1, head_dim=16)
     flow = FlowConfig(codec.channels, codec.grid, deep, shallow, kind=kind, control_width=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = randomised(WorldModel(ModelConfig(codec, flow, control_tokens=2), action_space), seed, scale=0.08)
+        model = randomised(WorldModel(ModelConfig(codec, flow, control_tokens=2), action_space), seed, scale=0.04)
         model.codec.scale.uniform_(0.5, 1.5)
-    # Rewards of a few units, and about one frame in eight ends an episode.
+    # Rewards of a few units, and about one frame in twenty ends an episode.
     with torch.no_grad():
         bias = model.heads.mlp[-1].bias
-        bias[0] -= 2
+        bias[0] -= 3
         bias[1:] -= model.heads.bins.abs().log1p().repeat(2) * 3
     return model
 
@@ -50,7 +50,7 @@ def build_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         folder = tmp_path_factory.mktemp(kind)
         save_model(folder, tiny_model(kind, action_space, seed), {"data": {"fps": 8.75}})
         generator = torch.Generator().manual_seed(seed)
-        frames = torch.randint(256, (3, 4, 16, 16, 3), generator=generator).byte()
+        frames = torch.randint(256, (3, 4, 16, 24, 3), generator=generator).byte()
         actions = torch.rand(3, 4, action_size(action_space), generator=generator)
         save_tensors(folder / STARTS, {"frames": frames, "actions": actions})
         return folder

@@ -69,16 +69,16 @@ def test_noise_of_a_video_decodes_to_the_video(
 @pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("block", [None, 1, 3, 4, 100])
 def test_every_way_of_decoding_gives_the_sequential_answer(kind: DeepKind, draft: Draft, block: int | None) -> None:
-    flow = tiny_flow(kind, grid=(2, 3), window=2)
+    flow = tiny_flow(kind, grid=(2, 3), window=2, dtype=torch.float64)
     tokens, controls = video(flow, 2, 4)
-    noise = normal(2, 2, 6, 3, seed=7)
+    noise = normal(2, 2, 6, 3, seed=7, dtype=torch.float64)
     whole = torch.cat([flow(tokens[:, :2], controls[:, :2]).noise, noise], dim=1)
     expected = flow.inverse(whole, controls)[:, 2:]
-    config = DecodingConfig(tolerance=1e-6, draft=draft, block=block)
+    config = DecodingConfig(tolerance=1e-8, draft=draft, block=block)
     decoded, reports, _ = imagine(flow, tokens[:, :2], controls, noise, config)
-    close(decoded, expected, rtol=0, atol=2e-4)
+    close(decoded, expected, rtol=0, atol=1e-6)
     for report in reports:
-        assert (report.certificate < 1e-4).all()
+        assert (report.certificate <= 1e-8).all()
         if block == 1:  # a lone token is exact after its one pass
             assert report.shallow_sweeps.tolist() == [2 * 6 + 2] * 2
             assert report.sweeps.tolist() == [1 if kind == "frame-parallel" else 6] * 2
@@ -123,18 +123,34 @@ def test_imagining_and_reading_end_in_the_same_state(kind: DeepKind) -> None:
 
 
 @each_kind
-def test_a_row_decodes_as_it_would_alone(kind: DeepKind) -> None:
-    flow = tiny_flow(kind, grid=(3, 3))
+@pytest.mark.parametrize("config", [{}, {"tolerance": 0.3}, {"tolerance": 0.3, "block": 3}, {"max_sweeps": 2}])
+def test_a_row_decodes_as_it_would_alone(kind: DeepKind, config: dict[str, Any]) -> None:
+    """Far closer than the tolerance, although rows start well or badly and some take more than one attempt."""
+    flow = tiny_flow(kind, grid=(1, 7), blocks=3, scale=0.25, dtype=torch.float64)
     tokens, controls = video(flow, 3, 5)
-    noise = normal(3, 2, 9, 3, seed=7)
-    noise[2] *= 4  # a hard neighbour
-    many, reports, _ = imagine(flow, tokens[:, :3], controls, noise, DecodingConfig())
+    noise = normal(3, 2, 7, 3, seed=7, dtype=torch.float64)
+    noise[2] *= 3  # a hard neighbour
+    decoding = DecodingConfig(**config)
+    many, reports, _ = imagine(flow, tokens[:, :3], controls, noise, decoding)
     for row in range(3):
         one = slice(row, row + 1)
-        alone, own, _ = imagine(flow, tokens[one, :3], controls[one], noise[one], DecodingConfig())
-        close(alone[0], many[row], rtol=1e-5, atol=1e-5)
+        alone, own, _ = imagine(flow, tokens[one, :3], controls[one], noise[one], decoding)
+        close(alone[0], many[row], rtol=0, atol=1e-9)
         for ours, theirs in zip(own, reports, strict=True):
-            close(ours.log_prob[0], theirs.log_prob[row])
+            close(ours.log_prob[0], theirs.log_prob[row], rtol=0, atol=1e-9)
+            assert (ours.shallow_sweeps[0], ours.sweeps[0]) <= (theirs.shallow_sweeps[row], theirs.sweeps[row])
+
+
+@each_kind
+@given(tolerance=st.sampled_from([1e-1, 1e-2, 1e-3]), seed=seeds)
+@law(max_examples=12)
+def test_a_frame_is_within_its_tolerance(kind: DeepKind, tolerance: float, seed: int) -> None:
+    """Also where the maps are steep enough for what one block leaves open to outgrow it in the next."""
+    flow = tiny_flow(kind, grid=(1, 7), blocks=3, scale=0.25, seed=seed, dtype=torch.float64)
+    tokens, controls = video(flow, 2, 3, seed)
+    noise = normal(2, 1, 7, 3, seed=seed + 7, dtype=torch.float64)
+    _, (report,), _ = imagine(flow, tokens[:, :2], controls, noise, DecodingConfig(tolerance=tolerance))
+    assert (report.certificate <= tolerance).all()
 
 
 @each_kind
@@ -203,6 +219,13 @@ def test_every_sweep_makes_one_more_token_exact(sweeps: int) -> None:
     error = (solution.tokens - puzzle.answer).abs().amax((0, 2))
     assert (error[: sweeps - 1] < 1e-12).all() and (error[sweeps - 1 :] > 1e-12).any()
     assert (solution.certificate > 1e-9).all() and (solution.sweeps == sweeps).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, None])
+@pytest.mark.parametrize("sweeps", [1, 2])
+def test_the_certificate_is_the_worst_of_all_blocks(size: int | None, sweeps: int) -> None:
+    puzzle = Puzzle(rows=3)
+    solution = puzzle.solve(normal(3, 6, 3, seed=3, dtype=torch.float64), size=size, max_sweeps=sweeps)
     carried = torch.cat([puzzle.before, solution.tokens[:, :-1]], dim=1)
     fields = puzzle.block.fields(puzzle.block.decode(carried, puzzle.fresh, controls=puzzle.controls))
     found, _ = fields.normalise(solution.tokens)

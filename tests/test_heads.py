@@ -81,9 +81,10 @@ def test_gradients_reach_features_and_weights() -> None:
         assert tensor.grad is not None and tensor.grad.isfinite().all() and tensor.grad.any()
 
 
-def test_slots_are_pooled_in_any_order() -> None:
+def test_slots_are_pooled_in_any_order_and_number() -> None:
     heads, features = randomised(OutcomeHeads(16)), normal(2, 6, 16)
-    close(heads(features[:, torch.randperm(6)]).reward_logits, heads(features).reward_logits)
+    close(heads(features.flip(1)).reward_logits, heads(features).reward_logits)
+    close(heads(features.repeat(1, 3, 1)).reward_logits, heads(features).reward_logits)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e5])

@@ -231,9 +231,7 @@ def test_the_clock_does_not_matter(kind: DeepKind, clock: int) -> None:
 @given(clock=st.integers(0, 10_000), window=st.integers(1, 3), known=st.integers(1, 4), seed=seeds)
 @law(max_examples=6)
 @torch.no_grad()
-def test_a_row_can_join_others_at_their_clock(
-    kind: DeepKind, clock: int, window: int, known: int, seed: int
-) -> None:
+def test_a_row_can_join_others_at_their_clock(kind: DeepKind, clock: int, window: int, known: int, seed: int) -> None:
     flow = tiny_flow(kind, window=window, seed=seed)
     tokens, controls = video(flow, 2, 6, seed)
     expected = flow(tokens, controls).log_prob

@@ -28,7 +28,7 @@ def test_conventions(envs):
             if done:
                 ended += 1
                 limited += infos[row]["TimeLimit.truncated"]
-                assert infos[row]["terminal_observation"].shape == (16, 16, 3)
+                assert infos[row]["terminal_observation"].shape == (16, 24, 3)
                 assert not np.array_equal(infos[row]["terminal_observation"], frames[row])
     assert ended >= 6 and limited > 0
     envs.seed(0)
@@ -54,14 +54,14 @@ def test_attributes_and_methods(envs):
 
 
 def test_options_begin_rows(envs):
-    frames = np.random.default_rng(0).integers(256, size=(3, 2, 16, 16, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(256, size=(3, 2, 16, 24, 3), dtype=np.uint8)
     envs.set_options([{"frames": frame, "actions": np.array([1])} for frame in frames])
     np.testing.assert_array_equal(envs.reset(), frames[:, -1])
 
 
 def test_wrappers_and_an_agent(envs):
     wrapped = VecFrameStack(VecTransposeImage(VecMonitor(envs)), 2)
-    assert wrapped.reset().shape == (3, 6, 16, 16)
+    assert wrapped.reset().shape == (3, 6, 16, 24)
     agent = PPO("MlpPolicy", wrapped, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
     agent.learn(48)
     assert len(agent.ep_info_buffer) > 0

@@ -100,7 +100,7 @@ def test_the_reset_mask_leaves_other_rows_alone(tiny_world):
 
 
 def test_observed_frames_begin_rows(tiny_world):
-    frames = np.random.default_rng(0).integers(256, size=(ROWS, 3, 16, 16, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(256, size=(ROWS, 3, 16, 24, 3), dtype=np.uint8)
     actions = np.random.default_rng(1).integers(3, size=(ROWS, 2))
     envs = WorldVectorEnv(ROWS, world=tiny_world)
     found, _ = envs.reset(seed=0, options={"frames": frames, "actions": actions})

@@ -21,9 +21,12 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 import sfv_world
 from sfv_world.envs.world_env import WorldEnv
 
-FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), np.uint8)
 OBSERVED = {"frames": FRAMES, "actions": [0, 2, 1, 0]}
 INFO = {"log_likelihood", "bits_per_dim", "sweeps", "certificate", "termination_probability"}
+
+ONE_KIND = pytest.mark.parametrize("tiny_folder", ["frame-parallel"], indirect=True, ids=[""])
+"""For what does not depend on the kind of deep flow."""
 
 
 @pytest.fixture
@@ -103,6 +106,7 @@ def test_composite_actions(build_world):
     env.step(good)
 
 
+@ONE_KIND
 def test_a_spec_is_a_recipe_in_plain_text(tiny_folder):
     env = gym.make("sfv_world/World-v0", world=str(tiny_folder), temperature=0.7, block=4, max_episode_steps=3)
     again = gym.make(EnvSpec.from_json(env.spec.to_json()))
@@ -112,6 +116,7 @@ def test_a_spec_is_a_recipe_in_plain_text(tiny_folder):
     assert_same(play(env, [0, 1, 2]), play(again, [0, 1, 2]))
 
 
+@ONE_KIND
 def test_time_limits_truncate(tiny_world):
     env = gym.make("sfv_world/World-v0", world=tiny_world, max_episode_steps=2)
     assert isinstance(env, TimeLimit)
@@ -119,6 +124,7 @@ def test_time_limits_truncate(tiny_world):
     assert [result[2:4] for result in play(env, [0, 0])] == [(False, False), (False, True)]
 
 
+@ONE_KIND
 def test_many_environments_share_a_world(tiny_world):
     envs = gym.make_vec("sfv_world/World-v0", num_envs=2, vectorization_mode="sync", world=tiny_world)
     observations, _ = envs.reset(seed=5)
@@ -152,8 +158,9 @@ def test_it_begins_at_start_frames_of_the_world(env, tiny_world):
     assert begun == {frames[-1].numpy().tobytes() for frames in tiny_world.starts["frames"]}
 
 
+@ONE_KIND
 def test_it_describes_itself(env, tiny_world):
-    assert env.observation_space == spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    assert env.observation_space == spaces.Box(0, 255, (16, 24, 3), np.uint8)
     assert env.action_space == spaces.Discrete(3)
     assert env.metadata["render_fps"] == 8.75 and WorldEnv.metadata["render_fps"] == 10
     assert WorldEnv(sfv_world.World(tiny_world.model)).metadata["render_fps"] == 10
@@ -171,6 +178,7 @@ def test_episodes_are_functions_of_their_seeds(env):
     assert not np.array_equal(env.step(0)[0], once[5][0][0])
 
 
+@ONE_KIND
 def test_actions_matter(env):
     env.reset(seed=0)
     start = env.save_state()
@@ -227,6 +235,7 @@ def test_saved_states_know_whether_the_episode_ended(env, tiny_world):
     assert np.array_equal(other.render(), ended)
 
 
+@ONE_KIND
 def test_states_of_other_worlds_are_refused(env, build_world):
     other = WorldEnv(build_world(seed=1))
     other.reset(seed=0)
@@ -264,7 +273,7 @@ def until_terminated(env: WorldEnv) -> np.ndarray:
         frame, _, terminated, _, _ = env.step(0)
         if terminated:
             return frame
-    raise AssertionError("the tiny world ends about one in eight frames")
+    raise AssertionError("the tiny world ends about one in twenty frames")
 
 
 def test_nothing_steps_outside_an_episode(env):
@@ -279,6 +288,7 @@ def test_nothing_steps_outside_an_episode(env):
     env.step(0)
 
 
+@ONE_KIND
 @pytest.mark.parametrize("action", [3, -1, 0.5, None, [0], "left"])
 def test_a_bad_action_changes_nothing(env, action):
     env.reset(seed=3)
@@ -290,6 +300,7 @@ def test_a_bad_action_changes_nothing(env, action):
     assert_same(env.step(1), found)
 
 
+@ONE_KIND
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -300,8 +311,8 @@ def test_a_bad_action_changes_nothing(env, action):
         ({"frames": FRAMES, "actions": []}, r"actions: expected shape \(1, 4\) .*, got \(1, 0\)"),
         ({"frames": FRAMES[:1], "actions": [0]}, r"actions: expected shape \(1, 0\) .*, got \(1, 1\)"),
         ({"frames": FRAMES, "actions": [0, 1, 2, 3]}, r"actions: expected values inside Discrete\(3\)"),
-        ({"frames": FRAMES[0], "actions": []}, r"frames: expected \(B, K, 16, 16, 3\) uint8, got shape \(1, 16"),
-        ({"frames": FRAMES[:, :8], "actions": [0] * 4}, r"frames: expected .*, got shape \(1, 5, 8, 16, 3\)"),
+        ({"frames": FRAMES[0], "actions": []}, r"frames: expected \(B, K, 16, 24, 3\) uint8, got shape \(1, 16"),
+        ({"frames": FRAMES[:, :8], "actions": [0] * 4}, r"frames: expected .*, got shape \(1, 5, 8, 24, 3\)"),
         ({"frames": FRAMES / 255, "actions": [0] * 4}, "frames: expected .* uint8, got float64"),
         ({"frames": None, "actions": []}, "frames: expected .* uint8, got object"),
     ],
@@ -316,12 +327,14 @@ def test_bad_options_leave_the_episode_as_it_is(env, options, message):
     assert_same(env.step(1), found)
 
 
+@ONE_KIND
 def test_one_observed_frame_is_enough(env):
     frame, _ = env.reset(seed=0, options={"frames": FRAMES[:1], "actions": []})
     assert np.array_equal(frame, FRAMES[0])
     env.step(0)
 
 
+@ONE_KIND
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -336,6 +349,7 @@ def test_bad_arguments_are_told(tiny_world, kwargs, message):
         WorldEnv(tiny_world, **kwargs)
 
 
+@ONE_KIND
 def test_unknown_names_are_told(tiny_world):
     with pytest.raises(ValueError, match=r"world: expected a folder or one of \[.*\], got 'nowhere'"):
         gym.make("sfv_world/World-v0", world="nowhere")
@@ -353,6 +367,7 @@ def test_a_frame_that_did_not_converge_is_never_silent(tiny_world):
     assert info["certificate"] > 0.001
 
 
+@ONE_KIND
 def test_options_of_one_environment_are_not_anothers(tiny_world):
     other = WorldEnv(tiny_world, temperature=0.0)
     assert tiny_world.decoding.temperature == 1.0 and other.world.model is tiny_world.model
@@ -363,6 +378,7 @@ def test_options_of_one_environment_are_not_anothers(tiny_world):
 # Rendering
 
 
+@ONE_KIND
 def test_human_windows_follow_the_episode_and_close(tiny_world, windows):
     env = gym.make("sfv_world/World-v0", world=tiny_world, render_mode="human")
     env.reset(seed=0, options=OBSERVED)
@@ -371,12 +387,13 @@ def test_human_windows_follow_the_episode_and_close(tiny_world, windows):
     ((name, images),) = windows.items()
     assert tiny_world.name in name and len(images) == 3
     assert np.array_equal(images[0][::8, ::8, ::-1], FRAMES[-1])
-    assert images[1].shape == (128, 128, 3) and np.array_equal(images[1][7::8, 7::8, ::-1], frame)
+    assert images[1].shape == (128, 192, 3) and np.array_equal(images[1][7::8, 7::8, ::-1], frame)
     env.close()
     assert not windows
     env.close()
 
 
+@ONE_KIND
 def test_a_window_closed_by_hand_is_no_error(tiny_world, windows):
     env = WorldEnv(tiny_world, render_mode="human")
     env.reset(seed=0)
@@ -384,12 +401,14 @@ def test_a_window_closed_by_hand_is_no_error(tiny_world, windows):
     env.close()
 
 
+@ONE_KIND
 def test_rendering_without_a_mode_warns(env):
     env.reset(seed=0)
     with pytest.warns(UserWarning, match="render_mode: expected 'human' or 'rgb_array', got None"):
         assert env.render() is None
 
 
+@ONE_KIND
 def test_frames_are_rendered_as_observed(tiny_folder: Path):
     env = gym.make("sfv_world/World-v0", world=str(tiny_folder), render_mode="rgb_array", device=torch.device("cpu"))
     frame, _ = env.reset(seed=0)
