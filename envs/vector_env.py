@@ -19,9 +19,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from sfv_world.data.clips import take
 from sfv_world.envs.world_env import step_info, warn_if_unconverged
-from sfv_world.film import take
-from sfv_world.world import World, WorldOutput, WorldState, load_world
+from sfv_world.state import WorldState
+from sfv_world.world import World, WorldOutput, load_world
 
 
 class WorldVectorEnv(VectorEnv[Any, Any, Any]):
@@ -219,7 +220,8 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         if observed is None:
             fresh = self.world.start(seeds, clock)
         else:
-            fresh = self.world.reset(*observed, seeds=seeds, clock=clock)
+            frames, past = observed
+            fresh = self.world.reset(frames, past, seeds, clock)
         if self._state is None:
             self._state = fresh
         else:

@@ -5,9 +5,7 @@
 
 import copy
 import warnings
-import zlib
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from gymnasium.error import ResetNeeded
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sfv_world.world import World, WorldOutput, WorldState, load_world
+from sfv_world.state import WorldState
+from sfv_world.world import World, WorldOutput, load_world
 
 ENLARGED = 8
 """Side of a pixel in the window of render mode "human"."""
@@ -117,7 +116,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         observed = self._observed(options or {})
         super().reset(seed=seed)
         row_seed = [self.np_random.integers(2**63)]
-        self._state = self.world.reset(*observed, seeds=row_seed) if observed else self.world.start(row_seed)
+        self._state = self.world.start(row_seed) if observed is None else self.world.reset(*observed, row_seed)
         self._terminated = False
         return self._observation(), {}
 
@@ -167,7 +166,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         Raises:
             ResetNeeded: if no episode has begun.
         """
-        return EnvState(self._current("save_state")[:], self._terminated, self._checksum)
+        return EnvState(self._current("save_state")[:], self._terminated, self.world.checksum)
 
     def restore_state(self, state: Any) -> None:
         """Continues from a saved state, bit for bit as the first time if the actions are the same.
@@ -180,21 +179,12 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         """
         if not isinstance(state, EnvState):
             raise ValueError(f"state: expected what save_state returned, got {type(state).__name__}.")
-        if state.world != self._checksum or state.row.frames.device != self.world.device:
+        if state.world != self.world.checksum or state.row.frames.device != self.world.device:
             raise ValueError(
                 f"state: expected one of {self.world.name} on {self.world.device}, got one of another world, "
                 f"on {state.row.frames.device}. Restore it in an environment of the world it was saved from."
             )
         self._state, self._terminated = state.row[:], state.terminated
-
-    @cached_property
-    def _checksum(self) -> int:
-        """Of the world's configuration and weights."""
-        model = self.world.model
-        checksum = zlib.crc32(repr(model.config).encode())
-        for tensor in model.state_dict().values():
-            checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy(), checksum)
-        return checksum
 
     def _current(self, name: str) -> WorldState:
         if self._state is None:
@@ -210,10 +200,10 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
             self.render()
         return self._frame("step")
 
-    def _observed(self, options: dict[str, Any]) -> tuple[Any, ...]:
-        """Frames and actions of one row, batched for `World.reset`; nothing if none are given."""
+    def _observed(self, options: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Frames and actions of one row, batched for `World.reset`; None if none are given."""
         if not options:
-            return ()
+            return None
         if options.keys() != {"frames", "actions"}:
             raise ValueError(
                 f"options: expected both 'frames' and 'actions', or none of them, got {list(options)}. Give K observed "

@@ -1,4 +1,7 @@
-"""The command line: `sfv-world collect | train | evaluate | demo`. Options come from each command's config dataclass."""
+"""The command line: `sfv-world collect | train | evaluate | demo | convert | info`.
+
+Options come from each command's config dataclass.
+"""
 
 import sys
 from collections.abc import Callable
@@ -10,6 +13,8 @@ import sfv_world.envs  # noqa: F401  (registers the environment ids)
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig, evaluate
+from sfv_world.released.convert import ConvertConfig, convert
+from sfv_world.released.plan import InfoConfig, info
 from sfv_world.training.trainer import TrainConfig, train
 
 COMMANDS: dict[type, Callable[[Any], Any]] = {
@@ -17,6 +22,8 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     TrainConfig: train,
     EvaluateConfig: evaluate,
     DemoConfig: demo,
+    ConvertConfig: convert,
+    InfoConfig: info,
 }
 Command = (
     Annotated[
@@ -25,6 +32,13 @@ Command = (
     | Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train a world on a recording.")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Measure a world on held-out episodes.")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo", description="Step a world beside the real game.")]
+    | Annotated[
+        ConvertConfig,
+        tyro.conf.subcommand("convert", description="Turn a checkpoint of the released layout into safetensors."),
+    ]
+    | Annotated[
+        InfoConfig, tyro.conf.subcommand("info", description="Print what a released model takes, in memory and time.")
+    ]
 )
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
-from sfv_world.data.clips import Episodes, load_episodes
-from sfv_world.film import Continuation, compare, imagine, long_clips, take
+from sfv_world.data.clips import Episodes, load_episodes, take
+from sfv_world.film import Continuation, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.world import World, load_world
 

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import cv2
@@ -23,15 +23,6 @@ class Continuation(NamedTuple):
     """The frames after the context."""
     outputs: list[WorldOutput]
     """What the world said of each of them."""
-
-
-def take(actions: Any, index: Any) -> Any:
-    """Indexes every array of an action tree (nested dicts and tuples)."""
-    if isinstance(actions, dict):
-        return {name: take(part, index) for name, part in actions.items()}
-    if isinstance(actions, tuple):
-        return tuple(take(part, index) for part in actions)
-    return actions[index]
 
 
 def long_clips(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Clips:

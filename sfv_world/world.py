@@ -5,7 +5,8 @@ give the same frames, whatever the other rows do and however often a state was c
 """
 
 import math
-from dataclasses import dataclass
+import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsInt
 
@@ -18,59 +19,13 @@ from torch import Tensor
 from sfv_world.checkpoint import STARTS, load_model, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
-from sfv_world.decoding.frames import FrameReport, StreamState, imagine_frame, read_frame, read_video
+from sfv_world.decoding.frames import FrameReport, imagine_frame, read_frame, read_video
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.heads import Outcome
 from sfv_world.model import WorldModel
+from sfv_world.state import WorldState
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-
-
-@dataclass
-class WorldState:
-    """Where imagined rows stand. `step` and `observe` use a state up: index it (`state[rows]`) to keep a copy."""
-
-    stream: StreamState
-    """The flow's memory of the past."""
-    frames: UInt8[Tensor, "b h w 3"]
-    """The last frame, as `WorldOutput.frames` has it."""
-    seeds: Int[np.ndarray, "b"]
-    """Seed of every row."""
-    ages: Int[np.ndarray, "b"]
-    """Number of every row's next frame since its reset."""
-    spent: bool = False
-    """Whether this state was used up."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.seeds)
-
-    def __getitem__(self, rows: Any) -> "WorldState":
-        """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
-        self.check()
-        index = np.atleast_1d(np.arange(len(self))[rows])
-        places = torch.from_numpy(index).to(self.frames.device)
-        return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index])
-
-    @property
-    def clock(self) -> int:
-        """Number of the next frame in the ring's time, which all rows share."""
-        return self.stream.cache.clock
-
-    def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
-        """Replaces the given rows by those of `other`, a state of the same world and clock, in place."""
-        self.check()
-        places = torch.from_numpy(rows).to(self.frames.device)
-        self.stream.put(places, other.stream)
-        self.frames = self.frames.index_put((places,), other.frames)  # a new one: outputs share the old one
-        self.seeds[rows], self.ages[rows] = other.seeds, other.ages
-
-    def check(self) -> None:
-        """Raises a ValueError if the state was used up."""
-        if self.spent:
-            raise ValueError(
-                "state: expected one that was not used up, got one that was. Keep a copy (state[:]) before a step."
-            )
 
 
 class WorldOutput(NamedTuple):
@@ -145,6 +100,34 @@ class World:
     def device(self) -> torch.device:
         """Where the world is computed."""
         return self.model.codec.scale.device
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of the configuration and the weights: a state belongs to the world whose checksum it was saved with."""
+        checksum = zlib.crc32(repr(self.model.config).encode())
+        for tensor in self.model.state_dict().values():
+            checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy(), checksum)
+        return checksum
+
+    def save_state(self, state: WorldState, path: str | Path) -> None:
+        """Writes a state to a safetensors file, from which it goes on bit for bit."""
+        state.check()
+        metadata = {"world": str(self.checksum), "clock": str(state.clock)}
+        save_tensors(Path(path), state.tensors(), metadata)
+
+    def load_state(self, path: str | Path) -> WorldState:
+        """Reads what `save_state` wrote.
+
+        Raises:
+            ValueError: if it is no state, or one of another world.
+        """
+        tensors, metadata = load_tensors(Path(path), self.device)
+        if metadata.get("world") != str(self.checksum):
+            raise ValueError(
+                f"{path}: expected a state of the world {self.name} (checksum {self.checksum}), got {metadata or 'none'}. "
+                "Load it into the world it was saved from."
+            )
+        return WorldState.of(tensors, int(metadata["clock"]))
 
     @torch.no_grad()
     def reset(self, frames: Any, actions: Any = None, seeds: Any = None, clock: int | None = None) -> WorldState:

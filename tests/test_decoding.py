@@ -67,7 +67,7 @@ def test_noise_of_a_video_decodes_to_the_video(
 
 @each_kind
 @pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("block", [None, 1, 3, 4, 100])
+@pytest.mark.parametrize("block", [None, 1, 4, 5])
 def test_every_way_of_decoding_gives_the_sequential_answer(kind: DeepKind, draft: Draft, block: int | None) -> None:
     flow = tiny_flow(kind, grid=(2, 3), window=2, dtype=torch.float64)
     tokens, controls = video(flow, 2, 4)
@@ -86,12 +86,12 @@ def test_every_way_of_decoding_gives_the_sequential_answer(kind: DeepKind, draft
 
 @each_kind
 @pytest.mark.parametrize("config", [{}, {"tolerance": 0.5}, {"max_sweeps": 1}, {"max_sweeps": 2, "block": 3}])
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("draft", ["fields", "zeros"])
 def test_a_report_is_that_of_the_frame(kind: DeepKind, config: dict[str, Any], draft: Draft) -> None:
     """However far the solver got: a parallel pass over the decoded tokens says the same, and so does what follows."""
     flow = tiny_flow(kind, grid=(3, 3))
-    tokens, controls = video(flow, 3, 5)
-    noise = normal(3, 3, 9, 3, seed=7)
+    tokens, controls = video(flow, 3, 4)
+    noise = normal(3, 2, 9, 3, seed=7)
     decoding = DecodingConfig(draft=draft, **config)
     decoded, reports, state = imagine(flow, tokens[:, :2], controls, noise, decoding)
     encoding = flow(torch.cat([tokens[:, :2], decoded], dim=1), controls)
@@ -194,7 +194,7 @@ class Puzzle:
         return solve(self.block, self.noise, draft, cache or self.fresh, **config, **where)
 
 
-@given(scale=st.sampled_from([0.0, 1.0, 10.0]), size=st.sampled_from([None, 1, 2, 4, 6]), seed=seeds)
+@given(scale=st.sampled_from([0.0, 1.0, 10.0]), size=st.sampled_from([None, 1, 2, 4, 100]), seed=seeds)
 @law(max_examples=10)
 def test_the_solver_inverts_from_any_draft(scale: float, size: int | None, seed: int) -> None:
     puzzle = Puzzle(seed=seed)
@@ -202,7 +202,7 @@ def test_the_solver_inverts_from_any_draft(scale: float, size: int | None, seed:
     solution = puzzle.solve(scale * normal(2, 6, 3, seed=seed, dtype=torch.float64), cache, size=size)
     close(solution.tokens, puzzle.answer, rtol=0, atol=1e-7)
     assert (solution.certificate < 1e-9).all()
-    assert (solution.sweeps <= (6 if size == 1 else 7 * 6 // (size or 6))).all()
+    assert (solution.sweeps <= (6 if size == 1 else 9)).all()  # a block of k tokens takes at most k + 1
     # The cache holds the keys and values of the answer: what one pass over it writes.
     other = puzzle.fresh
     carried = torch.cat([puzzle.before, solution.tokens[:, :-1]], dim=1)

@@ -22,6 +22,15 @@ Actions = Any
 """Actions of many frames: an array, or nested dicts and tuples of arrays like the action space; frames come first."""
 
 
+def take(actions: Actions, index: Any) -> Actions:
+    """Indexes every array of an action tree (nested dicts and tuples)."""
+    if isinstance(actions, dict):
+        return {name: take(part, index) for name, part in actions.items()}
+    if isinstance(actions, tuple):
+        return tuple(take(part, index) for part in actions)
+    return actions[index]
+
+
 @dataclass(frozen=True)
 class Episodes:
     """Whole episodes, one after another in arrays with one row for each frame."""
@@ -68,7 +77,7 @@ class Episodes:
         lengths = self.lengths[episodes]
         return Episodes(
             frames=self.frames[rows],
-            actions=_map(lambda array: array[rows], self.actions),
+            actions=take(self.actions, rows),
             rewards=self.rewards[rows],
             terminations=self.terminations[rows],
             repeated=self.repeated[rows],
@@ -227,7 +236,7 @@ class ClipSampler:
         return Clips(
             frames=data.frames[index],
             # An episode's last row holds the zero action, so padded steps have it as well.
-            actions=_map(lambda array: array[index[:, :-1]], data.actions),
+            actions=take(data.actions, index[:, :-1]),
             rewards=np.where(valid, data.rewards[index], np.float32(0)),
             terminations=data.terminations[index] & valid,
             valid=valid,
@@ -239,15 +248,6 @@ def _rgb(images: np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
     if images.ndim == 3:
         images = images[..., None]
     return np.broadcast_to(images, (*images.shape[:3], 3))
-
-
-def _map(function: Any, tree: Actions) -> Actions:
-    """Applies a function to every array of nested dicts and tuples."""
-    if isinstance(tree, dict):
-        return {key: _map(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(_map(function, value) for value in tree)
-    return function(tree)
 
 
 def _fill(target: Actions, rows: slice, source: Actions) -> None:

@@ -1,0 +1,151 @@
+"""`sfv-world info`: what a released model takes, in memory and in time, before any weight is loaded.
+
+Counted from shapes. Times are a roofline: arithmetic at a share of the peak, or the bytes that must be read, whichever is longer. They
+are lower bounds that neither launch overhead nor convergence is part of; measure before you promise.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from sfv_world.released.config import DENOISER_LAYERS, ReleasedConfig, find_config
+from sfv_world.released.load import expected_shapes
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """A model, a video and a device. The defaults are five seconds of 480p on one H200."""
+
+    model: Annotated[str, tyro.conf.Positional] = "starflow-v-7b"
+    """A preset, a configuration's JSON file or a converted folder."""
+    frames: int = 21
+    """Latent frames; a model of images has one."""
+    rows: int = 30
+    """Rows of tokens in a frame."""
+    columns: int = 53
+    """Columns of tokens in a frame."""
+    batch: int = 1
+    """Videos at once."""
+    guided: bool = True
+    """Whether sampling is guided, which doubles the deep block's rows."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the layers compute in."""
+    block: int = 64
+    """Tokens that a Jacobi sweep decodes at once."""
+    sweeps: float = 4.0
+    """Mean sweeps a block."""
+    memory: float = 141.0
+    """The device's memory, in GB."""
+    bandwidth: float = 4800.0
+    """The device's memory bandwidth, in GB/s."""
+    tflops: float = 989.0
+    """The device's peak in that dtype, in Tflop/s."""
+    share: float = 0.4
+    """The share of the peak that large matrix products reach."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "rows", "columns", "batch", "block", "sweeps", "memory", "bandwidth", "tflops", "share"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def parameter_counts(config: ReleasedConfig) -> dict[str, int]:
+    """Parameters of the deep block, the shallow blocks and the denoiser."""
+    counts = {"deep": 0, "shallow": 0, "denoiser": 0}
+    deep = f"blocks.{len(config.layers_per_block) - 1}."
+    for name, shape in expected_shapes(config).items():
+        part = "deep" if name.startswith(deep) else "shallow" if name.startswith("blocks.") else "denoiser"
+        counts[part] += math.prod(shape)
+    return counts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes and seconds of one model, video and device."""
+
+    memory: dict[str, float]
+    """What is held while sampling, in GB."""
+    seconds: dict[str, float]
+    """Lower bounds of one pass or decode of the whole batch."""
+
+
+def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
+    """Counts memory and time.
+
+    Raises:
+        ValueError: if a model of images is given more than one frame.
+    """
+    if work.frames > 1 and not config.shallow_block_local:
+        raise ValueError(f"frames must be 1 for a model of images ({work.model}), got {work.frames}. Give --frames 1.")
+    size = 2 if work.dtype == "bfloat16" else 4
+    place = work.rows * work.columns
+    slots, sequences = config.txt_size + work.frames * place, work.batch * (2 if work.guided else 1)
+    depth, shallow = config.layers_per_block[-1], config.layers_per_block[:-1]
+    deep_weights, shallow_weights, denoiser_weights = (count * size for count in parameter_counts(config).values())
+    deep_cache = 2 * depth * config.deep_width * slots * size * sequences
+    shallow_cache = 2 * max(shallow, default=0) * config.channels * place * size * work.frames * work.batch
+    memory = {
+        "weights": deep_weights + shallow_weights + denoiser_weights,
+        "keys and values, deep block": deep_cache,
+        "keys and values, one shallow block, all frames": shallow_cache,
+        # The residual stream, queries, keys and values, and the inside of the MLP before and after its activation.
+        "activations of a parallel pass, about": 14 * config.deep_width * slots * size * work.batch,
+    }
+
+    def seconds(flops: float, read: float, passes: float = 1) -> float:
+        return max(flops / (work.tflops * 1e12 * work.share), passes * read / (work.bandwidth * 1e9))
+
+    # Two operations a weight and token, and causal attention at half of 4 S^2 a channel and layer.
+    tokens = work.batch * work.frames * place
+    deep = 2 * deep_weights / size * slots + 2 * slots**2 * config.deep_width * depth
+    local = 2 * shallow_weights / size * tokens + 2 * tokens * place * config.channels * sum(shallow)
+    seen = work.frames if config.temporal_causal == 0 else min(work.frames, config.denoiser_window + 1)
+    denoiser = 2 * denoiser_weights / size + 4 * seen * place * config.channels * DENOISER_LAYERS * bool(
+        denoiser_weights
+    )
+    shallow_read = shallow_weights + len(shallow) * shallow_cache / 2
+    deep_read, deep_passes = deep_weights + deep_cache / 2, work.frames * place
+    faster = work.block / work.sweeps
+    times = {
+        "log-likelihood of the video": seconds(deep * work.batch, deep_weights) + seconds(local, shallow_weights),
+        "deep block, token by token": seconds(deep * sequences, deep_read, deep_passes),
+        f"deep block, Jacobi ({work.sweeps:g} sweeps a block of {work.block})": seconds(
+            deep * sequences * work.sweeps, deep_read, deep_passes / faster
+        ),
+        "shallow blocks, token by token": seconds(local, shallow_read, place),
+        f"shallow blocks, Jacobi ({work.sweeps:g} sweeps a frame)": seconds(
+            local * work.sweeps, shallow_read, work.sweeps
+        ),
+        "denoiser": seconds(denoiser * tokens, denoiser_weights),
+    }
+    return Plan({name: value / 1e9 for name, value in memory.items()}, times)
+
+
+def info(config: InfoConfig) -> Plan:
+    """Prints a model's parameters and its plan, and returns the plan.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    model = find_config(config.model)
+    found, counts = plan(model, config), parameter_counts(model)
+    total = sum(found.memory.values())
+    parts = ", ".join(f"{name} {count / 1e9:.2f} B" for name, count in counts.items())
+    guided = "guided" if config.guided else "not guided"
+    lines = [
+        f"{config.model}: {sum(counts.values()) / 1e9:.2f} B parameters ({parts})",
+        f"{config.batch} x {config.frames} frames of {config.rows} x {config.columns} tokens after {model.txt_size} of text, "
+        f"{guided}, {config.dtype}",
+        "",
+        "memory, GB",
+        *(f"  {name:<52}{value:>9.1f}" for name, value in found.memory.items()),
+        f"  {'all, of ' + format(config.memory, 'g'):<52}{total:>9.1f}"
+        + ("" if total <= config.memory else "  does not fit"),
+        "",
+        f"time, s: lower bounds at {config.bandwidth:g} GB/s and {config.share:.0%} of {config.tflops:g} Tflop/s",
+        *(f"  {name:<52}{value:>9.2f}" for name, value in found.seconds.items()),
+    ]
+    print("\n".join(lines))
+    return found

@@ -1,0 +1,32 @@
+"""Where slots and text tokens sit for the rotary embedding: (row, column, time), and the angles that follow.
+
+The released layout scales rows and columns so that any grid covers a square of side `scale`, lays text out along the time axis
+over the same length, and counts frames in whole numbers. Positions belong to slots, whatever token a slot carries.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def grid_positions(frames: int, rows: int, columns: int, scale: float) -> Float[Tensor, "tokens 3"]:
+    """Positions of the slots of a video, frame by frame in raster order, in float64."""
+    unit = scale / math.sqrt(rows * columns)
+    time, row, column = torch.meshgrid(*(torch.arange(n).double() for n in (frames, rows, columns)), indexing="ij")
+    return torch.stack([row * unit, column * unit, time], dim=-1).flatten(0, 2)
+
+
+def text_positions(length: int, scale: float) -> Float[Tensor, "length 3"]:
+    """Positions of text tokens, on the time axis, in float64."""
+    return torch.stack(
+        [torch.zeros(length), torch.zeros(length), torch.arange(length) / length * scale], dim=-1
+    ).double()
+
+
+def turns(positions: Float[Tensor, "l 3"], head_dim: int) -> Float[Tensor, "l two p"]:
+    """Cosines and sines of every position: 3/8 of the pairs for the row, 3/8 for the column, 1/4 for time; base 10000."""
+    groups = zip(positions.double().unbind(-1), (3 * head_dim // 16, 3 * head_dim // 16, head_dim // 8), strict=True)
+    angles = torch.cat([p[:, None] * 10000.0 ** (-torch.arange(n).double() / n) for p, n in groups], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-2).float()
