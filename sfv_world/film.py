@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 
 from sfv_world.checkpoint import replacing
-from sfv_world.data.clips import Clips, ClipSampler, Episodes
+from sfv_world.data.clips import Clips, ClipSampler, Episodes, take
 from sfv_world.world import World, WorldOutput
 
 
