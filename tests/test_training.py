@@ -112,6 +112,15 @@ def test_the_world_is_the_moving_average(config):
     assert any(not torch.equal(tensor, model.state_dict()[name]) for name, tensor in run.model.state_dict().items())
 
 
+def test_a_run_can_start_from_a_world(config, tmp_path):
+    train(config)
+    second = Trainer(replace(config, init=config.out, out=tmp_path / "second"))
+    for name, tensor in load_model(config.out)[0].state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], tensor)
+    with pytest.raises(ValueError, match=r"init: expected a world of the shape.*noise=0.1"):
+        Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
+
+
 @pytest.mark.parametrize("kind", ["frame-parallel", "autoregressive"])
 def test_minutes_end_a_run(config, kind):
     run = Trainer(replace(config, kind=kind, steps=None, minutes=0.005))

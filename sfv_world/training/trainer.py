@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sfv_world.checkpoint import load_tensors, save_model, save_tensors
+from sfv_world.checkpoint import load_model, load_tensors, save_model, save_tensors
 from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
@@ -49,6 +49,8 @@ class TrainConfig:
     """Stop after this many steps."""
     minutes: float | None = None
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
+    init: Path | None = None
+    """World whose weights to start from; none: random ones."""
     resume: bool = False
     """Continue the run in `out`, which must have the same configuration up to its length."""
     patch: int = 8
@@ -122,6 +124,14 @@ class Trainer:
         self.model = WorldModel(shape, episodes.action_space).to(config.device)
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
         self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
+        if config.init:
+            before, _ = load_model(config.init, config.device)
+            if (before.config, before.action_space) != (shape, episodes.action_space):
+                raise ValueError(
+                    f"init: expected a world of the shape {shape} for actions {episodes.action_space}, got {before.config} "
+                    f"for {before.action_space}. Choose the preset, kind, window, patch and noise it was trained with."
+                )
+            self.model.load_state_dict(before.state_dict())
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
@@ -239,7 +249,18 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it continues."""
         config = TypeAdapter(TrainConfig).dump_python(self.config, mode="json")
-        free = ("out", "resume", "steps", "minutes", "validate_minutes", "device", "threads", "learning_rate", "data")
+        free = (
+            "out",
+            "resume",
+            "steps",
+            "minutes",
+            "validate_minutes",
+            "device",
+            "threads",
+            "learning_rate",
+            "data",
+            "init",
+        )
         return {name: value for name, value in config.items() if name not in free}
 
     def _load(self) -> None:
