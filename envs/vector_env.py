@@ -5,7 +5,7 @@ would be, whatever the other rows do.
 """
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,35 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfv_world.data.clips import take
 from sfv_world.envs.world_env import step_info, warn_if_unconverged
 from sfv_world.state import WorldState
 from sfv_world.world import World, WorldOutput, load_world
+
+
+@dataclass(frozen=True)
+class RowsState:
+    """Where rows stand: what `WorldVectorEnv.save_state` gives and `WorldVectorEnv.restore_state` takes."""
+
+    rows: WorldState
+    """The world's state."""
+    steps: Int[np.ndarray, "b"]
+    """Steps of each row's episode."""
+    ended: Bool[np.ndarray, "b"]
+    """Whether each row's episode has ended."""
+    generators: list[np.random.Generator]
+    """What seeds each row's later episodes."""
+    world: int
+    """Checksum of the world that the state belongs to."""
+
+    def __getitem__(self, rows: Any) -> "RowsState":
+        """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
+        index = np.atleast_1d(np.arange(len(self.rows))[rows])
+        generators = copy.deepcopy([self.generators[row] for row in index])
+        return RowsState(self.rows[index], self.steps[index], self.ended[index], generators, self.world)
 
 
 class WorldVectorEnv(VectorEnv[Any, Any, Any]):
@@ -166,28 +189,39 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             return None
         return tuple(self._current("render").frames.cpu().numpy().copy())
 
-    def save_state(self, rows: Any = slice(None)) -> WorldState:
-        """A copy of where rows stand (see `WorldState`), which later steps do not change."""
-        return self._current("save_state")[rows]
+    def save_state(self, rows: Any = slice(None)) -> RowsState:
+        """Where rows stand, as a value: a copy that later steps do not change."""
+        index = np.atleast_1d(np.arange(self.num_envs)[rows])
+        state = self._current("save_state")[index]
+        generators = copy.deepcopy([self._generators[row] for row in index])
+        return RowsState(state, self._steps[index], self._ended[index], generators, self.world.checksum)
 
-    def restore_state(self, state: WorldState, rows: Any = slice(None)) -> None:
-        """Puts rows where those of a saved state stood: they go on bit for bit as they did.
+    def restore_state(self, saved: RowsState, rows: Any = slice(None)) -> None:
+        """Puts rows where those of a saved state stood, with what decides their later episodes.
 
-        The step count of `max_episode_steps` begins anew.
+        If all rows are restored they go on bit for bit as they did; some of them join the others at their clock, and
+        do so to float32 rounding.
 
         Raises:
             ValueError: if the state is none, of another number of rows, or of another world; nothing has changed then.
         """
         current = self._current("restore_state")
         index = np.atleast_1d(np.arange(self.num_envs)[rows])
-        if not isinstance(state, WorldState) or len(state) != len(index):
-            got = f"{len(state)} rows" if isinstance(state, WorldState) else type(state).__name__
+        if not isinstance(saved, RowsState) or len(saved.rows) != len(index):
+            got = f"{len(saved.rows)} rows" if isinstance(saved, RowsState) else type(saved).__name__
             raise ValueError(f"state: expected a saved state of {len(index)} rows, got {got}.")
+        if saved.world != self.world.checksum or saved.rows.frames.device != self.world.device:
+            raise ValueError(
+                f"state: expected one of {self.world.name} on {self.world.device}, got one of another world, on "
+                f"{saved.rows.frames.device}. Restore it in an environment of the world it was saved from."
+            )
         if len(index) == self.num_envs:
-            self._state = state[np.argsort(index)]
+            self._state = saved.rows[np.argsort(index)]
         else:
-            current.put(index, self.world.at_clock(state, current.clock))
-        self._steps[index], self._ended[index] = 0, False
+            current.put(index, self.world.at_clock(saved.rows, current.clock))
+        self._steps[index], self._ended[index] = saved.steps, saved.ended
+        for row, generator in zip(index, copy.deepcopy(saved.generators), strict=True):
+            self._generators[row] = generator
 
     def _options(self, options: dict[str, Any]) -> tuple[np.ndarray, tuple[Any, ...] | None]:
         unknown = options.keys() - {"frames", "actions", "reset_mask"}

@@ -43,7 +43,7 @@ def test_attributes_and_methods(envs):
     assert envs.envs.max_episode_steps == 7
     assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [False] * 3
     states = envs.env_method("save_state")
-    assert [len(state) for state in states] == [1, 1, 1]
+    assert [len(state.rows) for state in states] == [1, 1, 1]
     frames = envs.step(np.zeros(3, int))[0]
     for row, state in enumerate(states):
         envs.env_method("restore_state", state, indices=row)

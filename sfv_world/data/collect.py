@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def collect(config: CollectConfig) -> Path:
     Raises:
         ValueError: if the folder holds something else, or the environment or the policy does not exist.
     """
+    config = replace(config, out=config.out.resolve())  # Minari joins relative paths twice
     if config.frames_per_write < 1:
         raise ValueError(f"frames_per_write: expected at least 1, got {config.frames_per_write}.")
     env = make_real(config.env, size=config.size, frame_skip=config.frame_skip)

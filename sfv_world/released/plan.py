@@ -1,7 +1,7 @@
 """`sfv-world info`: what a released model takes, in memory and in time, before any weight is loaded.
 
-Counted from shapes. Times are a roofline: arithmetic at a share of the peak, or the bytes that must be read, whichever is longer. They
-are lower bounds that neither launch overhead nor convergence is part of; measure before you promise.
+Counted from shapes. Times are a roofline: arithmetic at a share of the peak, or the bytes that must be read, whichever is longer.
+They are lower bounds that neither launch overhead nor convergence is part of; measure before you promise.
 """
 
 import math
@@ -83,7 +83,9 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
     place = work.rows * work.columns
     slots, sequences = config.txt_size + work.frames * place, work.batch * (2 if work.guided else 1)
     depth, shallow = config.layers_per_block[-1], config.layers_per_block[:-1]
-    deep_weights, shallow_weights, denoiser_weights = (count * size for count in parameter_counts(config).values())
+    deep_weights, shallow_weights, denoiser_weights = (
+        float(count * size) for count in parameter_counts(config).values()
+    )
     deep_cache = 2 * depth * config.deep_width * slots * size * sequences
     shallow_cache = 2 * max(shallow, default=0) * config.channels * place * size * work.frames * work.batch
     memory = {
@@ -94,7 +96,7 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         "activations of a parallel pass, about": 14 * config.deep_width * slots * size * work.batch,
     }
 
-    def seconds(flops: float, read: float, passes: float = 1) -> float:
+    def seconds(flops: float, read: float, passes: float = 1.0) -> float:
         return max(flops / (work.tflops * 1e12 * work.share), passes * read / (work.bandwidth * 1e9))
 
     # Two operations a weight and token, and causal attention at half of 4 S^2 a channel and layer.
@@ -106,7 +108,7 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         denoiser_weights
     )
     shallow_read = shallow_weights + len(shallow) * shallow_cache / 2
-    deep_read, deep_passes = deep_weights + deep_cache / 2, work.frames * place
+    deep_read, deep_passes = deep_weights + deep_cache / 2, float(work.frames * place)
     faster = work.block / work.sweeps
     times = {
         "log-likelihood of the video": seconds(deep * work.batch, deep_weights) + seconds(local, shallow_weights),
@@ -114,7 +116,7 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         f"deep block, Jacobi ({work.sweeps:g} sweeps a block of {work.block})": seconds(
             deep * sequences * work.sweeps, deep_read, deep_passes / faster
         ),
-        "shallow blocks, token by token": seconds(local, shallow_read, place),
+        "shallow blocks, token by token": seconds(local, shallow_read, float(place)),
         f"shallow blocks, Jacobi ({work.sweeps:g} sweeps a frame)": seconds(
             local * work.sweeps, shallow_read, work.sweeps
         ),
