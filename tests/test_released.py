@@ -273,7 +273,7 @@ def without(state, name):
             lambda s: {**s, "blocks.0.proj_in.bias": torch.zeros(7)},
             r"blocks.0.proj_in.bias: expected \(32,\), got \(7,\).*--config",
         ),
-        (lambda s: {"model": s}, "flat state dict .*got dict as 'model'.*save that entry alone"),
+        (lambda s: {"model": s}, "flat state dict .*got OrderedDict as 'model'.*save that entry alone"),
         (lambda s: {**s, "step": torch.tensor(3)}, "got a tensor of torch.int64 as 'step'"),
         (lambda s: {**s, "x": torch.zeros(2).to_sparse()}, "got Tensor as 'x'"),
         (lambda s: list(s.values()), "expected a flat state dict .*got list"),

@@ -162,7 +162,7 @@ def imagine_frame(
         certificate = (exact - noise).abs().amax(dim=(1, 2))
         missed = ~(certificate <= config.tolerance)
         shallow_sweeps += taken + len(shallow)
-        if attempt == ATTEMPTS or config.max_sweeps is not None or not missed.any():
+        if attempt == ATTEMPTS or config.block == 1 or config.max_sweeps is not None or not missed.any():
             break
         # Rows that are good enough start from their own answer with any tolerance: they stay as they are, bit for bit.
         tolerance = torch.where(missed, TIGHTER * tolerance, torch.inf)

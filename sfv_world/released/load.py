@@ -90,7 +90,10 @@ def _open_pickle(path: Path) -> Stored:
 def _open_folder(folder: Path) -> Stored:
     try:
         index = json.loads((folder / INDEX).read_text())["weight_map"]
-        files = {name: safe_open(folder / Path(name).name, framework="pt") for name in sorted(set(index.values()))}
+        paths = {name: folder / Path(name).name for name in sorted(set(index.values()))}
+        if missing := [path for path in paths.values() if not path.is_file()]:
+            raise FileNotFoundError(None, None, missing[0])
+        files = {name: safe_open(path, framework="pt") for name, path in paths.items()}
         of_tensor = {name: files[file] for name, file in index.items()}
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in of_tensor.items()}
     except FileNotFoundError as error:

@@ -84,7 +84,9 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "n l w"]:
         """The layers, with one way of attending for all or a cache that takes their keys and values."""
         for index, layer in enumerate(self.attn_blocks):
-            x = layer(x, turn, partial(attend.attend, index) if isinstance(attend, SequenceCache) else attend)
+            x = layer(
+                x, turn[None, None], partial(attend.attend, index) if isinstance(attend, SequenceCache) else attend
+            )
         if isinstance(attend, SequenceCache):
             attend.length += x.shape[1]
         return self.final_norm(x)
@@ -100,7 +102,8 @@ class FlowBlock(Transformer):
 
     def __init__(self, channels: int, width: int, depth: int, head_dim: int, text_width: int | None = None):
         super().__init__(channels, 2 * channels, width, depth, head_dim, text_width)
-        self.sos_embed = nn.Parameter(0.02 * torch.randn(1, 1, channels))
+        self.sos_embed = nn.Parameter(torch.empty(1, 1, channels))
+        nn.init.normal_(self.sos_embed, std=0.02)
 
     def forward(
         self,

@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def grid_positions(frames: int, rows: int, columns: int, scale: float) -> Float[Tensor, "tokens 3"]:
+def grid_positions(frames: int, rows: int, columns: int, scale: int) -> Float[Tensor, "tokens 3"]:
     """Positions of the slots of a video, frame by frame in raster order, in float64."""
     unit = scale / math.sqrt(rows * columns)
     time, row, column = torch.meshgrid(*(torch.arange(n).double() for n in (frames, rows, columns)), indexing="ij")
     return torch.stack([row * unit, column * unit, time], dim=-1).flatten(0, 2)
 
 
-def text_positions(length: int, scale: float) -> Float[Tensor, "length 3"]:
+def text_positions(length: int, scale: int) -> Float[Tensor, "length 3"]:
     """Positions of text tokens, on the time axis, in float64."""
     return torch.stack(
         [torch.zeros(length), torch.zeros(length), torch.arange(length) / length * scale], dim=-1
