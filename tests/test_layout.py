@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "layers", "flow", "decoding", "control", "codec", "heads", "model", "checkpoint", "data", "state", "world", "film",
+    "layers", "flow", "decoding", "control", "codec", "heads", "model", "checkpoint", "released", "data", "state", "world", "film",
     "card", "training", "evaluation", "envs", "agents", "demo", "cli",
 ]  # fmt: skip
 ALLOWED_UPWARDS = {("data", "envs"), ("data", "agents")}  # collecting plays real environments

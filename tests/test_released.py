@@ -147,7 +147,7 @@ def test_log_det_is_that_of_the_jacobian(tiny):
 @torch.no_grad()
 def test_a_row_of_many_is_that_row_alone(tiny):
     many, alone = (tiny.flow(tiny.tokens[r], tiny.text[r], tiny.grid).log_prob for r in (slice(0, 2), slice(1, 2)))
-    close(many[1:], alone, atol=1e-12)
+    close(many[1:], alone, atol=1e-9)
     assert not torch.equal(alone, tiny.flow(tiny.tokens[1:], tiny.text[:1], tiny.grid).log_prob)
 
 

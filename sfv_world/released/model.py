@@ -102,8 +102,7 @@ class FlowBlock(Transformer):
 
     def __init__(self, channels: int, width: int, depth: int, head_dim: int, text_width: int | None = None):
         super().__init__(channels, 2 * channels, width, depth, head_dim, text_width)
-        self.sos_embed = nn.Parameter(torch.empty(1, 1, channels))
-        nn.init.normal_(self.sos_embed, std=0.02)
+        self.sos_embed = nn.Parameter(0.02 * torch.randn(1, 1, channels))
 
     def forward(
         self,
