@@ -71,7 +71,7 @@ A learned world: a causal normalizing flow over video, with exact likelihoods. `
 {flow.shallow_blocks} shallow blocks of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
 - **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
 minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on pixels in [-1, 1].
-- **Command**: `sfv-world train --data {run["data"]} --out checkpoints/{world.name} --minutes {run["minutes"]} --threads {run["threads"]}`
+- **Command**: `sfv-world train --data {run["data"]} --out {run["out"]} --minutes {run["minutes"]} --threads {run["threads"]}`
 - **The density** is over noised frames: log p(dequantised frame + {run["noise"]} x normal noise | frames before it, actions).
 
 ## Results

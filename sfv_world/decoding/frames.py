@@ -189,7 +189,7 @@ def _invert_shallow(
             block,
             noise,
             draft_tokens(noise, previous[index], draft),
-            block.new_cache(len(noise)),
+            block.new_cache(len(noise)) if config.block else None,
             tolerance=tolerance,
             size=config.block,
             max_sweeps=config.max_sweeps,

@@ -78,7 +78,7 @@ def solve(
     block: SlotTransformer,
     noise: Float[Tensor, "b l c"],
     draft: Float[Tensor, "b l c"],
-    cache: FrameCache,
+    cache: FrameCache | None,
     *,
     tolerance: float | Float[Tensor, "b"],
     size: int | None,
@@ -93,7 +93,8 @@ def solve(
         block: the affine autoregressive block.
         noise: its output.
         draft: where to start; the result depends on it only within the tolerance.
-        cache: the block's cache, which ends up with the keys and values of the tokens returned.
+        cache: the block's cache, which ends up with the keys and values of the tokens returned; none for a block that sees
+            one frame and solves it whole.
         tolerance: of the certificate, for all rows or each.
         size: tokens solved together; none: the whole frame.
         max_sweeps: for each `size` tokens; none: one more than there are tokens, which always suffices.
@@ -117,7 +118,11 @@ def solve(
             now, wanted = tokens[active], noise[active, at]
             first = before[active] if start == 0 else now[:, start - 1 : start]
             carried = torch.cat([first, now[:, start : at.stop - 1]], dim=1)
-            seen = block.decode(carried, work, at, _pick(controls, active), _pick(condition, active, at))
+            if work is None:
+                given = None if condition is None else condition[active, None]
+                seen = block.features(carried[:, None], condition=given)[:, 0]
+            else:
+                seen = block.decode(carried, work, at, _pick(controls, active), _pick(condition, active, at))
             fields = block.fields(seen)
             sweeps[active] += 1
             if at.stop - at.start == 1:  # a lone token's fields do not depend on it: it is exact at once
@@ -129,12 +134,12 @@ def solve(
             finished = active[done]
             certificate[finished] = torch.maximum(certificate[finished], error[done])
             features[finished, at] = seen[done]
-            if len(finished) and work is not cache:
-                cache.write_current(finished, work.rows(done.nonzero()[:, 0]))
+            if cache is not None and work is not None and len(finished):
+                if work is not cache:
+                    cache.write_current(finished, work.rows(done.nonzero()[:, 0]))
+                work = work.rows((~done).nonzero()[:, 0])
             if len(finished) == len(active):
                 break
-            if len(finished):
-                work = work.rows((~done).nonzero()[:, 0])
             active = active[~done]
             tokens[active, at] = fields.denormalise(wanted)[~done]
     return Solution(tokens, features, sweeps, certificate)
