@@ -1,0 +1,43 @@
+"""The shipped worlds: small files, a card, and an environment that steps."""
+
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from sfv_world.world import SHIPPED, load_world
+
+NAMES = ("doom-basic", "doom-takecover")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_world_is_small_and_has_its_card(name):
+    folder = Path(SHIPPED, name)
+    for path in folder.iterdir():
+        assert path.stat().st_size <= 20 * 2**20, path
+    results = json.loads((folder / "results.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert f"{results['density']['bits_per_dim']:.3f}" in card
+    assert "sfv-world train" in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_world_steps_and_knows_likely_from_unlikely(name):
+    env = gym.make("sfv_world/World-v0", world=name)
+    frame, _ = env.reset(seed=0)
+    bits = []
+    for _ in range(6):
+        frame, _, terminated, _, info = env.step(0)
+        assert frame in env.observation_space
+        assert info["certificate"] < 1e-3
+        bits.append(info["bits_per_dim"])
+        if terminated:
+            break
+    assert np.mean(bits) < -1.8  # the noise alone has -2.275
+    world = load_world(name)
+    frames = world.starts["frames"][:1].numpy()
+    shuffled = frames.copy()
+    shuffled[:, -1] = shuffled[:, -1].reshape(1, -1, 3)[:, ::-1].reshape(shuffled[:, -1].shape)
+    assert world.score(frames).bits_per_dim[0, -1] < world.score(shuffled).bits_per_dim[0, -1] - 0.5
