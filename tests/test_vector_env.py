@@ -165,7 +165,10 @@ def test_mistakes_are_told_before_anything_changes(tiny_world):
         envs.step(np.zeros(ROWS, int))
     envs.reset(seed=0)
     state = envs.save_state()
-    for actions, message in ((np.zeros(ROWS - 1, int), r"actions: expected shape \(3,\)"), (np.full(ROWS, 3), "inside")):
+    for actions, message in (
+        (np.zeros(ROWS - 1, int), r"actions: expected shape \(3,\)"),
+        (np.full(ROWS, 3), "inside"),
+    ):
         with pytest.raises(ValueError, match=message):
             envs.step(actions)
     with pytest.raises(ValueError, match="seed: expected 3"):
