@@ -104,7 +104,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         Args:
             seed: seeds `np_random`, which decides the episode's randomness and, without options, where it starts.
             options: "frames", (K, H, W, 3) uint8, and "actions", the K-1 actions between them: an array with the
-                actions in its first dimension, for Dict and Tuple spaces a dict or tuple of such. By default, the
+                actions in its first dimension, for Dict and Tuple spaces a dict or tuple of such; frames alone if
+                the actions are not known. By default, the
                 episode starts at one of the start frames that came with the world.
 
         Returns:
@@ -204,14 +205,15 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         """Frames and actions of one row, batched for `World.reset`; None if none are given."""
         if not options:
             return None
-        if options.keys() != {"frames", "actions"}:
+        if "frames" not in options or options.keys() - {"frames", "actions"}:
             raise ValueError(
-                f"options: expected both 'frames' and 'actions', or none of them, got {list(options)}. Give K observed "
-                "frames and the K-1 actions between them, or nothing to begin at a start frame of the world."
+                f"options: expected 'frames' with 'actions', or none of them, got {list(options)}. Give K observed frames and "
+                "the K-1 actions between them, or nothing to begin at a start frame of the world."
             )
-        frames, actions = np.asarray(options["frames"])[None], options["actions"]
-        none = frames.shape[1:2] == (1,) and len(actions) == 0
-        return frames, None if none else _one(self.action_space, actions)
+        frames, actions = np.asarray(options["frames"])[None], options.get("actions")
+        if actions is None or (frames.shape[1:2] == (1,) and len(actions) == 0):
+            return frames, None
+        return frames, _one(self.action_space, actions)
 
 
 def step_info(output: WorldOutput) -> dict[str, Tensor]:

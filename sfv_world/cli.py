@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     config: object = tyro.cli(Command, args=arguments, prog="sfv-world", description=__doc__)
     try:
         COMMANDS[type(config)](config)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         print(f"sfv-world: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
