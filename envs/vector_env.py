@@ -21,7 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfv_world.data.clips import take
-from sfv_world.envs.world_env import step_info, warn_if_unconverged
+from sfv_world.envs.world_env import check_state_is_of, step_info, warn_if_unconverged
 from sfv_world.state import WorldState
 from sfv_world.world import World, WorldOutput, load_world
 
@@ -210,11 +210,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         if not isinstance(saved, RowsState) or len(saved.rows) != len(index):
             got = f"{len(saved.rows)} rows" if isinstance(saved, RowsState) else type(saved).__name__
             raise ValueError(f"state: expected a saved state of {len(index)} rows, got {got}.")
-        if saved.world != self.world.checksum or saved.rows.frames.device != self.world.device:
-            raise ValueError(
-                f"state: expected one of {self.world.name} on {self.world.device}, got one of another world, on "
-                f"{saved.rows.frames.device}. Restore it in an environment of the world it was saved from."
-            )
+        check_state_is_of(self.world, saved.rows, saved.world)
         if len(index) == self.num_envs:
             self._state = saved.rows[np.argsort(index)]
         else:

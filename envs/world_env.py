@@ -180,11 +180,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         """
         if not isinstance(state, EnvState):
             raise ValueError(f"state: expected what save_state returned, got {type(state).__name__}.")
-        if state.world != self.world.checksum or state.row.frames.device != self.world.device:
-            raise ValueError(
-                f"state: expected one of {self.world.name} on {self.world.device}, got one of another world, "
-                f"on {state.row.frames.device}. Restore it in an environment of the world it was saved from."
-            )
+        check_state_is_of(self.world, state.row, state.world)
         self._state, self._terminated = state.row[:], state.terminated
 
     def _current(self, name: str) -> WorldState:
@@ -214,6 +210,15 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         if actions is None or (frames.shape[1:2] == (1,) and len(actions) == 0):
             return frames, None
         return frames, _one(self.action_space, actions)
+
+
+def check_state_is_of(world: World, state: WorldState, checksum: int) -> None:
+    """Raises a ValueError unless `state`, saved with `checksum`, is of this world and on its device."""
+    if checksum != world.checksum or state.frames.device != world.device:
+        raise ValueError(
+            f"state: expected one of {world.name} on {world.device}, got one of another world, on {state.frames.device}. "
+            "Restore it in an environment of the world it was saved from."
+        )
 
 
 def step_info(output: WorldOutput) -> dict[str, Tensor]:
