@@ -1,4 +1,4 @@
-"""The command line: `sfv-world collect | train | evaluate | demo | convert | info`.
+"""The command line: `sfv-world collect | train | evaluate | demo | convert | info | generate`.
 
 Options come from each command's config dataclass.
 """
@@ -13,6 +13,7 @@ import sfv_world.envs  # noqa: F401  (registers the environment ids)
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig, evaluate
+from sfv_world.generate import GenerateConfig, generate
 from sfv_world.released.convert import ConvertConfig, convert
 from sfv_world.released.plan import InfoConfig, info
 from sfv_world.training.trainer import TrainConfig, train
@@ -24,6 +25,7 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     DemoConfig: demo,
     ConvertConfig: convert,
     InfoConfig: info,
+    GenerateConfig: generate,
 }
 Command = (
     Annotated[
@@ -39,6 +41,10 @@ Command = (
     | Annotated[
         InfoConfig, tyro.conf.subcommand("info", description="Print what a released model takes, in memory and time.")
     ]
+    | Annotated[
+        GenerateConfig,
+        tyro.conf.subcommand("generate", description="Make a film of a released-layout world: prompt, start image."),
+    ]
 )
 
 
@@ -47,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     config: object = tyro.cli(Command, args=arguments, prog="sfv-world", description=__doc__)
     try:
         COMMANDS[type(config)](config)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         print(f"sfv-world: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -82,6 +82,11 @@ class ReleasedConfig:
         """Width of the deep block."""
         return self.channels if self.top_block_channels is None else self.top_block_channels
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise on latents in training, which no tensor tells: that of the published models."""
+        return 0.5 if self.shallow_block_local else 0.3
+
 
 def starflow_v_7b() -> ReleasedConfig:
     """STARFlow-V at 480p: Wan2.2 latents (48 channels, 16x in space, 4x in time), FLAN-T5-XL text, 256 tokens of it."""

@@ -87,11 +87,11 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         float(count * size) for count in parameter_counts(config).values()
     )
     deep_cache = 2 * depth * config.deep_width * slots * size * sequences
-    shallow_cache = 2 * max(shallow, default=0) * config.channels * place * size * work.frames * work.batch
+    shallow_cache = 2 * max(shallow, default=0) * config.channels * place * size * work.batch
     memory = {
         "weights": deep_weights + shallow_weights + denoiser_weights,
         "keys and values, deep block": deep_cache,
-        "keys and values, one shallow block, all frames": shallow_cache,
+        "keys and values, one shallow block, one frame": shallow_cache,
         # The residual stream, queries, keys and values, and the inside of the MLP before and after its activation.
         "activations of a parallel pass, about": 14 * config.deep_width * slots * size * work.batch,
     }
@@ -116,9 +116,9 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         f"deep block, Jacobi ({work.sweeps:g} sweeps a block of {work.block})": seconds(
             deep * sequences * work.sweeps, deep_read, deep_passes / faster
         ),
-        "shallow blocks, token by token": seconds(local, shallow_read, float(place)),
+        "shallow blocks, token by token": seconds(local, shallow_read, float(work.frames * place)),
         f"shallow blocks, Jacobi ({work.sweeps:g} sweeps a frame)": seconds(
-            local * work.sweeps, shallow_read, work.sweeps
+            local * work.sweeps, shallow_read, work.frames * work.sweeps
         ),
         "denoiser": seconds(denoiser * tokens, denoiser_weights),
     }

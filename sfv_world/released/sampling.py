@@ -1,57 +1,154 @@
-"""Drawing from a released model: token by token through the deep block, then through the shallow ones of every frame.
+"""Drawing from a released model, frame by frame: the deep block with its text, then the shallow blocks of the frame.
 
-Sequential decoding is the definition that faster decoding is held against. Samples are noised tokens; `ReleasedFlow.denoise` cleans
-them. Guidance acts on the deep block only, and guided frames are not draws from the density that the model scores.
+A `DeepStream` knows nothing of shallow blocks and never waits for them; a `ShallowInverse` follows it, frame after frame.
+Samples are noised tokens, which `clean` cleans. Guidance acts on the deep block only: guided frames are not draws from the density
+that the model scores, and what is reported of them is their likelihood under the model without guidance.
 """
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sfv_world.flow.affine import Fields
-from sfv_world.released.model import FlowBlock, ReleasedFlow
+from sfv_world.decoding.frames import SHALLOW_TOLERANCE
+from sfv_world.decoding.solver import DecodingConfig, draft_tokens
+from sfv_world.flow.affine import standard_normal_log_prob
+from sfv_world.flow.model import Stage
+from sfv_world.released.model import ReleasedFlow
+from sfv_world.released.solver import BlockStream, solve
+
+SEQUENTIAL = DecodingConfig(block=1)
+"""Token by token: the definition that faster decoding is held against."""
 
 
-def guide(conditional: Fields, unconditional: Fields, weight: float) -> Fields:
-    """Fields moved away from the unconditional ones: the product p_c^(1+w) / p_u^w of two normals, kept proper.
+class Report(NamedTuple):
+    """What is known of a part of the flow, once it is decoded, of one frame."""
 
-    With s = min(sigma_c / sigma_u, 1)^2 and d = 1 + w - w s: sigma = sigma_c / sqrt(d), mu = ((1 + w) mu_c - w s mu_u) / d.
+    log_prob: Float[Tensor, "b l"]
+    """Its share of log p of every token given all before it, in raster order, in nats; without guidance, whatever was drawn."""
+    sweeps: Int[Tensor, "b"]
+    """Passes that each row took."""
+    certificate: Float[Tensor, "b"]
+    """max|z' - z| between the exact noise of what is returned and the noise asked for."""
+
+
+class DeepStream:
+    """The deep block over a video: noise -> latents u, one frame after the other.
+
+    Args:
+        flow: the model.
+        text: states of the text encoder.
+        grid: rows and columns of tokens in a frame.
+        frames: the most frames that the video may have.
+        unconditional: states of the prompt without its caption; needed for guidance.
+        guidance: its weight w; 0 is none.
+        decoding: how to decode.
+
+    Raises:
+        ValueError: if guidance lacks the unconditional text.
     """
-    share = (conditional.sigma / unconditional.sigma).clamp(max=1).square()
-    precision = 1 + weight - weight * share
-    mu = ((1 + weight) * conditional.mu - weight * share * unconditional.mu) / precision
-    return Fields(mu, conditional.sigma / precision.sqrt())
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        flow: ReleasedFlow,
+        text: Float[Tensor, "b k e"],
+        grid: tuple[int, int],
+        frames: int,
+        *,
+        unconditional: Float[Tensor, "b k e"] | None = None,
+        guidance: float = 0.0,
+        decoding: DecodingConfig = SEQUENTIAL,
+    ):
+        if guidance and unconditional is None:
+            raise ValueError(f"guidance {guidance} needs the states of the unconditional text, got none")
+        self.flow, self.decoding = flow, decoding
+        turn = flow.turn(frames, grid, True, text.device)
+        both = torch.cat([text, unconditional]) if guidance and unconditional is not None else text
+        self.block = BlockStream(flow.block(-1), len(text), turn, both, guidance)
+        self.previous: Stage | None = None
+
+    @torch.no_grad()
+    def read(self, latents: Float[Tensor, "b t l c"]) -> None:
+        """Takes frames as given: the next ones follow them."""
+        for u in self.flow.orient(-1, latents).unbind(1):
+            self.previous = Stage(u, self.block.read(u)[0])
+
+    @torch.no_grad()
+    def draw(self, noise: Float[Tensor, "b l c"]) -> tuple[Float[Tensor, "b l c"], Report]:
+        """The latents of the next frame, and the deep block's report on them."""
+        z = self.flow.orient(-1, noise)
+        draft = first_draft(z, self.previous, self.decoding)
+        found = solve(self.block, z, draft, self.decoding, self.decoding.tolerance)
+        self.previous = Stage(found.tokens, found.fields)
+        exact, log_det = found.conditional.normalise(found.tokens)
+        log_prob = standard_normal_log_prob(exact) + log_det
+        report = Report(by_place(self.flow, -1, log_prob), found.sweeps, found.certificate)
+        return self.flow.orient(-1, found.tokens), report
 
 
-@torch.no_grad()
-def invert(
-    block: FlowBlock,
-    noise: Float[Tensor, "n l c"],
-    turn: Float[Tensor, "all_slots two p"],
-    *,
-    text: Float[Tensor, "m k e"] | None = None,
-    known: Float[Tensor, "n j c"] | None = None,
-    guidance: float = 0.0,
-) -> Float[Tensor, "n l c"]:
-    """Noise -> the tokens that follow the `known` ones, one by one.
+class ShallowInverse:
+    """The shallow blocks, inverted frame by frame: latents u -> noised tokens.
 
-    Text of twice as many rows as noise is the conditional and then the unconditional one, for guidance.
+    Solved to the rounding of float32, whatever tolerance and sweep limit the deep block has: the latents that the deep block
+    evaluated are then the frame's own, and so is what it said of them.
     """
-    copies = 1 if text is None else len(text) // len(noise)
-    start = block.sos_embed.expand(len(noise), -1, -1)
-    slots = start if known is None else torch.cat([start, known], dim=1)
-    cache, tokens = block.new_cache(copies * len(noise), len(turn)), []
-    for i in range(noise.shape[1]):
-        x = block.embed(slots.repeat(copies, 1, 1), text if i == 0 else None)
-        at = slice(cache.length, cache.length + x.shape[1])
-        fields = block.fields(block.features(x, turn[at], cache)[:, -1:])
-        if copies == 2:
-            (mu, mu_u), (sigma, sigma_u) = fields.mu.chunk(2), fields.sigma.chunk(2)
-            fields = guide(Fields(mu, sigma), Fields(mu_u, sigma_u), guidance)
-        slots = fields.denormalise(noise[:, i : i + 1])
-        tokens.append(slots)
-    return torch.cat(tokens, dim=1)
+
+    @torch.no_grad()
+    def __init__(self, flow: ReleasedFlow, grid: tuple[int, int], decoding: DecodingConfig = SEQUENTIAL):
+        self.flow, self.decoding, self.grid = flow, replace(decoding, max_sweeps=None), grid
+        self.tolerance = min(decoding.tolerance, SHALLOW_TOLERANCE)
+        self.previous: dict[int, Stage] = {}
+
+    @torch.no_grad()
+    def __call__(self, latents: Float[Tensor, "b l c"]) -> tuple[Float[Tensor, "b l c"], Report]:
+        """The noised tokens of the next frame, and the shallow blocks' report on them."""
+        flow, rows = self.flow, len(latents)
+        turn = flow.turn(1, self.grid, False, latents.device)
+        none = torch.zeros(rows, dtype=torch.long, device=latents.device)
+        report = Report(torch.zeros_like(latents[..., 0]), none, latents.new_zeros(rows))
+        for index in reversed(range(len(flow.blocks) - 1)):
+            z = flow.orient(index, latents)
+            draft = first_draft(z, self.previous.get(index), self.decoding)
+            found = solve(BlockStream(flow.block(index), rows, turn), z, draft, self.decoding, self.tolerance)
+            self.previous[index] = Stage(found.tokens, found.fields)
+            log_det = by_place(flow, index, -found.fields.sigma.log().sum(-1))
+            report = join(report, Report(log_det, found.sweeps, found.certificate))
+            latents = flow.orient(index, found.tokens)
+        return latents, report
+
+
+def join(part: Report, other: Report) -> Report:
+    """The report of both parts."""
+    certificate = torch.maximum(part.certificate, other.certificate)
+    return Report(part.log_prob + other.log_prob, part.sweeps + other.sweeps, certificate)
+
+
+def first_draft(noise: Float[Tensor, "b l c"], previous: Stage | None, decoding: DecodingConfig) -> Tensor:
+    """Where sweeps start: from the frame before, or from the fields mu = 0, sigma = 1 where there is none."""
+    return noise if previous is None else draft_tokens(noise, previous, decoding.draft)
+
+
+def by_place(flow: ReleasedFlow, index: int, values: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    """Values by token of block `index`, in raster order."""
+    return flow.orient(index, values[..., None])[..., 0]
+
+
+class Sample(NamedTuple):
+    """Videos of noised tokens, and what is known of the frames that were drawn."""
+
+    tokens: Float[Tensor, "b t l c"]
+    """The frames continued, if any, and those drawn."""
+    log_prob: Float[Tensor, "b drawn l"]
+    """log p of every token drawn given all before it, in nats, under the model without guidance."""
+    guided: bool
+    """Whether guidance acted: these are then no draws from that density."""
+    sweeps: Int[Tensor, "b drawn"]
+    """Passes of the deep block by frame."""
+    certificate: Float[Tensor, "b drawn"]
+    """max|z' - z| by frame, of the deep and the shallow blocks; above the tolerance where the sweep limit was hit."""
 
 
 @torch.no_grad()
@@ -64,7 +161,8 @@ def sample(
     unconditional: Float[Tensor, "b k e"] | None = None,
     guidance: float = 0.0,
     first: Float[Tensor, "b j l c"] | None = None,
-) -> Float[Tensor, "b frames l c"]:
+    decoding: DecodingConfig = SEQUENTIAL,
+) -> Sample:
     """Videos of noised tokens from standard normal noise.
 
     Args:
@@ -75,29 +173,57 @@ def sample(
         unconditional: states of the prompt without its caption; needed for guidance.
         guidance: its weight w; 0 is none.
         first: noised tokens of frames that come before and are continued; they begin the result.
+        decoding: sequential, or in blocks of tokens by Jacobi sweeps; its temperature is not applied to the noise given.
 
     Raises:
         ValueError: if shapes do not fit, or guidance lacks the unconditional text.
     """
     flow.check(noise, text, grid)
-    if guidance and unconditional is None:
-        raise ValueError(f"guidance {guidance} needs the states of the unconditional text, got none")
-    known = None
-    if first is not None:
-        if not flow.config.shallow_block_local:
-            raise ValueError("first must be None, since this is a model of images; got frames to continue")
-        known = flow(first, text, grid).latents
-        known = rearrange(flow.orient(-1, known), "b j l c -> b (j l) c")
-    if guidance and unconditional is not None:
+    if unconditional is not None:
         flow.check(noise, unconditional, grid)
-        text = torch.cat([text, unconditional])
-    frames = noise.shape[1]
-    turn = flow.turn(frames + (0 if first is None else first.shape[1]), grid, True, noise.device)
-    z = rearrange(flow.orient(-1, noise), "b t l c -> b (t l) c")
-    u = invert(flow.block(-1), z, turn, text=text, known=known, guidance=guidance)
-    u = flow.orient(-1, rearrange(u, "b (t l) c -> (b t) l c", t=frames))
-    turn = flow.turn(1, grid, False, noise.device)
-    for index in reversed(range(len(flow.blocks) - 1)):
-        u = flow.orient(index, invert(flow.block(index), flow.orient(index, u), turn))
-    new = rearrange(u, "(b t) l c -> b t l c", t=frames)
-    return new if first is None else torch.cat([first, new], dim=1)
+    if first is not None and not flow.config.shallow_block_local:
+        raise ValueError("first must be None, since this is a model of images; got frames to continue")
+    frames = noise.shape[1] + (0 if first is None else first.shape[1])
+    deep = DeepStream(flow, text, grid, frames, unconditional=unconditional, guidance=guidance, decoding=decoding)
+    shallow = ShallowInverse(flow, grid, decoding)
+    if first is not None:
+        deep.read(flow(first, text, grid).latents)
+    drawn, reports, sweeps = [], [], []
+    for z in noise.unbind(1):
+        latents, said = deep.draw(z)
+        tokens, more = shallow(latents)
+        drawn.append(tokens)
+        reports.append(join(said, more))
+        sweeps.append(said.sweeps)
+    return Sample(
+        tokens=torch.cat([*([] if first is None else [first]), torch.stack(drawn, dim=1)], dim=1),
+        log_prob=torch.stack([report.log_prob for report in reports], dim=1),
+        guided=bool(guidance),
+        sweeps=torch.stack(sweeps, dim=1),
+        certificate=torch.stack([report.certificate for report in reports], dim=1),
+    )
+
+
+def clean(
+    flow: ReleasedFlow,
+    tokens: Float[Tensor, "b t l c"],
+    text: Float[Tensor, "b k e"],
+    grid: tuple[int, int],
+    noise: float,
+) -> Float[Tensor, "b t l c"]:
+    """Tokens without their noise: by the model's denoiser, or where it has none by its own score, x + sigma^2 grad log p(x).
+
+    Args:
+        flow: the model.
+        tokens: whole videos of noised tokens.
+        text: states of the text encoder.
+        grid: rows and columns of tokens in a frame.
+        noise: standard deviation of the noise of training.
+    """
+    if flow.learnable_self_denoiser is not None:
+        with torch.no_grad():
+            return flow.denoise(tokens, text, grid)
+    with torch.enable_grad():
+        x = tokens.detach().requires_grad_()
+        (score,) = torch.autograd.grad(flow(x, text, grid).log_prob.sum(), x)
+    return tokens + noise**2 * score

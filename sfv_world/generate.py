@@ -1,0 +1,230 @@
+"""`sfv-world generate`: a prompt, a start image or both become a film (or a picture) of a released-layout world.
+
+The folder of such a world is what `sfv-world convert` makes, with the VAE in `vae` and the T5 encoder with its tokenizer in
+`text_encoder`, in the layouts of `diffusers` and `transformers`.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from sfv_world.codec.vae import ImageCodec, WanCodec, find_codec, load_codec, to_pixels
+from sfv_world.film import write_image, write_video
+from sfv_world.pretrained import read_config
+from sfv_world.released.clips import Clip, ClipConfig, draw_clips
+from sfv_world.released.config import ReleasedConfig, find_config
+from sfv_world.released.load import load_released
+from sfv_world.released.memory import Need, check_memory, codec_needs, stored_numbers
+from sfv_world.released.plan import InfoConfig, plan
+from sfv_world.released.text import PromptCache, format_prompt
+
+VIDEO, IMAGE = (480, 848, 81), (256, 256, 1)
+"""Height, width and frames that models of videos and of images were made for."""
+
+SMALLER = (
+    "Give fewer pixels (--height, --width), a smaller --clip.chunk, no guidance (--clip.guidance 0), --dtype bfloat16 or a "
+    "larger device."
+)
+ELSEWHERE = "Give --dtype bfloat16, or run once where there is room and bring the folder of --prompts."
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """A world, what it is to show, and where to."""
+
+    world: Path
+    """Folder of a converted model, which `sfv-world convert` makes."""
+    out: Path
+    """File to make: .mp4 from a model of videos, .png from one of images."""
+    prompt: str = ""
+    """What is to be seen; guidance acts where there is one."""
+    image: Path | None = None
+    """A picture that the film starts with, cut to its size; a model of videos only."""
+    frames: int | None = None
+    """Frames of the film, which goes on in chunks where it is longer than one; none: 81, of an image 1."""
+    fps: int = 16
+    """Frames a second, of the film and as the model is told."""
+    height: int | None = None
+    """Rows of a frame, in pixels; none: 480, of an image 256."""
+    width: int | None = None
+    """Columns of a frame, in pixels; none: 848, of an image 256."""
+    clip: ClipConfig = field(default_factory=lambda: ClipConfig(guidance=3.0))
+    """How it is drawn."""
+    vae: Path | None = None
+    """Folder of the VAE; none: `vae` in the world's."""
+    text_encoder: Path | None = None
+    """Folder of the T5 encoder; none: `text_encoder` in the world's."""
+    prompts: Path | None = None
+    """Folder where states of prompts are kept; none: `prompts` in the world's."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
+    """What the layers compute in."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be made, once it is known that the parts fit each other."""
+
+    shape: ReleasedConfig
+    codec: WanCodec | ImageCodec
+    """Without its weights."""
+    height: int
+    width: int
+    frames: int
+    clip: ClipConfig
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens in a frame."""
+        side = self.codec.space * self.shape.patch_size
+        return self.height // side, self.width // side
+
+
+def prepare(config: GenerateConfig) -> Job:
+    """Reads configurations alone, and holds them against each other and what is asked for.
+
+    Raises:
+        ImportError: if `diffusers` is not installed.
+        ValueError: if something is missing or does not fit.
+    """
+    if read_config(config.world, "a converted model").get("layout") != "starflow":
+        raise ValueError(
+            f"world: expected a folder made by `sfv-world convert`, got {config.world}, which holds another kind of world. "
+            "Worlds that were trained here are shown by `sfv-world demo`."
+        )
+    shape, codec = find_config(config.world), find_codec(config.vae or config.world / "vae")
+    is_video = shape.shallow_block_local
+    height, width, frames = VIDEO if is_video else IMAGE
+    height, width, frames = config.height or height, config.width or width, config.frames or frames
+    kind, suffix = ("videos", ".mp4") if is_video else ("images", ".png")
+    if config.out.suffix != suffix:
+        raise ValueError(f"out: expected a {suffix} file, since this is a model of {kind}, got {config.out}.")
+    above = next(folder for folder in config.out.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"out: expected a file in a folder that can be written to, got {config.out}.")
+    if is_video and config.image is not None and frames == 1:
+        raise ValueError("frames: expected at least 2 with an image to begin with, got 1.")
+    if not is_video and (frames != 1 or config.image is not None):
+        what = f"{frames} frames" if config.image is None else f"the image {config.image}"
+        raise ValueError(
+            f"frames, image: expected one frame and no image to begin with of a model of images, got {what}."
+        )
+    if codec.channels != shape.in_channels:
+        raise ValueError(
+            f"vae: expected latents of {shape.in_channels} channels, got a VAE of {codec.channels}. Give the model's."
+        )
+    side = codec.space * shape.patch_size
+    if height % side or width % side:
+        raise ValueError(f"height, width: expected multiples of {side} pixels, got {height} x {width}.")
+    states = read_config(config.text_encoder or config.world / "text_encoder", "a T5 encoder").get("d_model")
+    if states != shape.txt_dim:
+        raise ValueError(f"text_encoder: expected states of {shape.txt_dim} channels, got {states}. Give the model's.")
+    # Without a caption both prompts are the same, and guidance does nothing but cost.
+    clip = config.clip if config.prompt else replace(config.clip, guidance=0.0)
+    return Job(shape, codec, height, width, frames, replace(clip, noise=clip.noise or shape.noise))
+
+
+def needs(config: GenerateConfig, job: Job) -> list[Need]:
+    """What drawing the clip holds at once."""
+    rows, columns = job.grid
+    latent_frames = min(job.codec.latent_frames(job.frames), job.clip.chunk)
+    size = f"{latent_frames} frames of {rows} x {columns} tokens"
+    work = InfoConfig(
+        size, frames=latent_frames, rows=rows, columns=columns, guided=job.clip.guidance > 0, dtype=config.dtype
+    )
+    memory = plan(job.shape, work).memory
+    flow = [Need(what, 1e9 * gigabytes) for what, gigabytes in memory.items()]
+    if not job.shape.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
+        kept = sum(job.shape.layers_per_block) * memory["activations of a parallel pass, about"]
+        flow.append(Need("activations kept for the score, about", 1e9 * kept))
+    return flow + codec_needs(job.codec, job.height, job.width, getattr(torch, config.dtype).itemsize)
+
+
+def generate(config: GenerateConfig) -> Clip:
+    """Makes a film or a picture, prints what is known of it, and returns the clip.
+
+    Raises:
+        ImportError: if the extra `released` is not installed.
+        ValueError: if parts are missing, damaged, or do not fit each other or into memory. Nothing is written then but
+            states of prompts.
+    """
+    job, device, dtype = prepare(config), torch.device(config.device), getattr(torch, config.dtype)
+    image = None if config.image is None else read_image(config.image, job.height, job.width)
+    captions = [config.prompt, ""] if job.clip.guidance else [config.prompt]
+    fps = config.fps if job.shape.shallow_block_local else None
+    prompts = [format_prompt(text, job.clip.noise or job.shape.noise, job.height, job.width, fps) for text in captions]
+    encoder = config.text_encoder or config.world / "text_encoder"
+    cache = PromptCache(encoder, config.prompts or config.world / "prompts", job.shape.txt_size)
+    check_memory(needs(config, job), device, SMALLER)
+    if cache.missing(prompts):
+        numbers = stored_numbers(encoder, ("encoder.", "shared."))
+        check_memory([Need("T5 encoder", float(dtype.itemsize * numbers))], device, ELSEWHERE)
+    states = cache.states(prompts, device, dtype).to(device)
+    codec = load_codec(config.vae or config.world / "vae", device, dtype)
+    flow = load_released(config.world, job.shape, device, dtype).requires_grad_(False)
+    start = None if image is None else codec.encode(to_pixels(image[None, None]).to(device))
+    latent_frames = codec.latent_frames(job.frames)
+    drawn = latent_frames - (start is not None)
+    with tqdm(total=drawn + latent_frames, desc="deep flow, decoder", unit="latent frame") as bar:
+        clip = draw_clips(
+            flow, codec, states[:1], job.grid, latent_frames, job.clip,
+            unconditional=states[1:] if job.clip.guidance else None, start=start, progress=lambda stage: bar.update(),
+        )  # fmt: skip
+    frames = clip.frames[0, : job.frames].numpy()
+    if job.shape.shallow_block_local:
+        write_video(config.out, frames, float(config.fps), scale=1)
+    else:
+        write_image(config.out, frames[0])
+    print(describe(config, job, clip, drawn))
+    return clip
+
+
+def describe(config: GenerateConfig, job: Job, clip: Clip, drawn: int) -> str:
+    """What is known of a clip, in a few lines."""
+    tolerance = job.clip.decoding.tolerance
+    missed = int((~(clip.certificate <= tolerance)).sum())
+    likelihood = float(clip.log_prob.double().mean()) / job.shape.token_channels
+    of = "guided, so no draw from the density below" if clip.guided else "not guided"
+    lines = [
+        f"{config.out}: {job.frames} frames of {job.height} x {job.width}, {drawn} latent frames drawn, {of}",
+        f"log-likelihood of the noised latents under the model without guidance: {likelihood:.4f} nats a dimension",
+        f"{float(clip.sweeps.float().mean()):.1f} sweeps of the deep block a latent frame of {job.grid[0] * job.grid[1]} tokens, "
+        f"largest certificate {float(clip.certificate.max()):.1e}",
+    ]
+    if missed:
+        lines.append(
+            f"{missed} latent frames missed the tolerance {tolerance:g}: allow more sweeps (--clip.decoding.max-sweeps)"
+        )
+    return "\n".join(lines)
+
+
+def read_image(path: Path, height: int, width: int) -> UInt8[Tensor, "height width 3"]:
+    """A picture, scaled to cover the size and cut to it around its middle.
+
+    Raises:
+        ValueError: if there is none that can be read.
+    """
+    data = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
+    found = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if found is None:
+        raise ValueError(f"image: expected a picture (PNG, JPEG), got {path}, which is none that can be read.")
+    scale = max(height / found.shape[0], width / found.shape[1])
+    size = max(width, round(scale * found.shape[1])), max(height, round(scale * found.shape[0]))
+    found = cv2.resize(found, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    top, left = (found.shape[0] - height) // 2, (found.shape[1] - width) // 2
+    return torch.from_numpy(cv2.cvtColor(found[top : top + height, left : left + width], cv2.COLOR_BGR2RGB))

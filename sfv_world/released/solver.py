@@ -1,0 +1,137 @@
+"""Decoding a block of the released layout: token by token, or in blocks of tokens by Jacobi sweeps, guided or not.
+
+The iteration of `sfv_world.decoding.solver`, for full attention: a sweep evaluates the fields of its input, so what is returned is
+the iterate that was evaluated, with its exact noise and its keys and values in the cache. Guidance changes the fields alone,
+and with them the fixed point. A block of one token is sequential decoding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.flow.affine import Fields
+from sfv_world.released.cache import SequenceCache
+from sfv_world.released.model import FlowBlock
+
+
+def guide(conditional: Fields, unconditional: Fields, weight: float) -> Fields:
+    """Fields moved away from the unconditional ones: the product p_c^(1+w) / p_u^w of two normals, kept proper.
+
+    With s = min(sigma_c / sigma_u, 1)^2 and d = 1 + w - w s: sigma = sigma_c / sqrt(d), mu = ((1 + w) mu_c - w s mu_u) / d.
+    """
+    share = (conditional.sigma / unconditional.sigma).clamp(max=1).square()
+    precision = 1 + weight - weight * share
+    mu = ((1 + weight) * conditional.mu - weight * share * unconditional.mu) / precision
+    return Fields(mu, conditional.sigma / precision.sqrt())
+
+
+class BlockStream:
+    """A block and what it has read so far: sequences with a learned first slot, after their text if the block reads any.
+
+    Args:
+        block: the block.
+        rows: sequences.
+        turn: rotary cosines and sines of all slots, text included; as many as may be read.
+        text: states of the text encoder; twice as many rows as sequences are the conditional and then the unconditional text.
+        guidance: the weight w, for text of two kinds.
+    """
+
+    def __init__(
+        self,
+        block: FlowBlock,
+        rows: int,
+        turn: Float[Tensor, "slots two p"],
+        text: Float[Tensor, "n k e"] | None = None,
+        guidance: float = 0.0,
+    ):
+        self.block, self.turn, self.guidance = block, turn, guidance
+        self.copies = 1 if text is None else len(text) // rows
+        self.cache: SequenceCache = block.new_cache(self.copies * rows, len(turn))
+        self.before = block.sos_embed.expand(rows, -1, -1)
+        """What the next slot carries: the last token."""
+        if text is not None:
+            self._features(block.embed(self.before[:, :0].repeat(self.copies, 1, 1), text))
+
+    def fields(self, carried: Float[Tensor, "b l c"]) -> tuple[Fields, Fields]:
+        """The (guided, conditional) fields that the next slots predict from what they carry; the cache moves past them."""
+        found = self.block.fields(self._features(self.block.embed(carried.repeat(self.copies, 1, 1))))
+        if self.copies == 1:
+            return found, found
+        (mu, mu_u), (sigma, sigma_u) = found.mu.chunk(2), found.sigma.chunk(2)
+        conditional = Fields(mu, sigma)
+        return guide(conditional, Fields(mu_u, sigma_u), self.guidance), conditional
+
+    def read(self, tokens: Float[Tensor, "b l c"]) -> tuple[Fields, Fields]:
+        """The (guided, conditional) fields of the next tokens, which are given."""
+        fields = self.fields(torch.cat([self.before, tokens[:, :-1]], dim=1))
+        self.before = tokens[:, -1:]
+        return fields
+
+    def _features(self, x: Tensor) -> Tensor:
+        at = slice(self.cache.length, self.cache.length + x.shape[1])
+        return self.block.features(x, self.turn[at], self.cache)
+
+
+class Solution(NamedTuple):
+    """Tokens whose noise is the one asked for, to the certificate, and what the block says of them."""
+
+    tokens: Float[Tensor, "b l c"]
+    fields: Fields
+    """Those that the tokens were drawn from."""
+    conditional: Fields
+    """Those of the model without guidance: what the log-likelihood is of."""
+    sweeps: Int[Tensor, "b"]
+    """Passes until each row was done."""
+    certificate: Float[Tensor, "b"]
+    """max|z' - z| of each row, at the tokens returned."""
+
+
+def solve(
+    stream: BlockStream,
+    noise: Float[Tensor, "b l c"],
+    draft: Float[Tensor, "b l c"],
+    decoding: DecodingConfig,
+    tolerance: float,
+) -> Solution:
+    """Finds the next tokens of a stream, those that its fields map to `noise`, and moves the stream past them.
+
+    A row that is done stays as it is, bit for bit, until all are; what it computes meanwhile is the same again. Rows differ
+    in the time they take, not in their results.
+
+    Args:
+        stream: the block and its past.
+        noise: what the tokens are to be mapped to.
+        draft: where to start; the result depends on it only within the tolerance.
+        decoding: tokens solved together, and the most sweeps for them.
+        tolerance: of the certificate, in units of the noise.
+    """
+    (rows, length), size = noise.shape[:2], decoding.block or noise.shape[1]
+    tokens, found = draft.clone(), []
+    sweeps = torch.zeros(rows, dtype=torch.long, device=noise.device)
+    certificate = noise.new_zeros(rows)
+    for start in range(0, length, size):
+        at, known = slice(start, min(start + size, length)), stream.cache.length
+        wanted, count = noise[:, at], at.stop - at.start
+        limit = decoding.max_sweeps or count + 1
+        active: Bool[Tensor, "b"] = torch.ones(rows, dtype=torch.bool, device=noise.device)
+        error = noise.new_zeros(rows)
+        for sweep in range(1, limit + 1):
+            stream.cache.length = known
+            fields, conditional = stream.fields(torch.cat([stream.before, tokens[:, start : at.stop - 1]], dim=1))
+            sweeps += active
+            if count == 1:  # a lone token's fields do not depend on it: it is exact at once
+                tokens[:, at] = fields.denormalise(wanted)
+                break
+            error = (fields.normalise(tokens[:, at])[0] - wanted).abs().amax(dim=(1, 2))
+            active = active & ~(error < tolerance)  # NaN is never below and goes on to the limit
+            if sweep == limit or not active.any():
+                break
+            tokens[:, at] = torch.where(active[:, None, None], fields.denormalise(wanted), tokens[:, at])
+        certificate = torch.maximum(certificate, error)
+        stream.before = tokens[:, at.stop - 1 : at.stop]
+        found.append((*fields, *conditional))
+    mu, sigma, conditional_mu, conditional_sigma = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return Solution(tokens, Fields(mu, sigma), Fields(conditional_mu, conditional_sigma), sweeps, certificate)
