@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfv_world.model import ModelConfig, WorldModel
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, MODEL, STARTS = "config.json", "model.safetensors", "starts.safetensors"
 
 

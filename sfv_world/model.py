@@ -4,6 +4,7 @@ What is learned, without any of the loops around it: `training` fits it, `world`
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -100,15 +101,21 @@ def model_config(
     *,
     patch: int = 8,
     kind: DeepKind = "frame-parallel",
+    bands: int | None = None,
     window: int = 6,
     noise: float = 0.05,
 ) -> ModelConfig:
     """A configuration from one dial: `size` layers deep, 48 channels wide a layer.
 
-    The shallow blocks are half as wide. Size 4 has about 3 million parameters, size 8 about 22 million.
+    The shallow blocks are half as wide: as many as there are `bands` of equal steps of spatial frequency (default: 6), or two
+    in raster order if there are none (the default of the autoregressive kind). Size 4 has about 4 million parameters, size 8
+    about 30 million.
     """
+    bands = (6 if kind == "frame-parallel" else 0) if bands is None else bands
     codec = PixelCodecConfig(height, width, patch)
     deep = TransformerConfig(width=48 * size, depth=size, head_dim=48, window=window)
     shallow = TransformerConfig(width=48 * max(1, size // 2), depth=2 if kind == "frame-parallel" else 1, head_dim=48)
-    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, kind=kind)
+    ends = [3 * max(band, round(patch**2 * (band / bands) ** 2)) for band in range(bands + 1)] if bands else [0]
+    sizes = tuple(end - start for start, end in pairwise(ends))
+    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, kind=kind)
     return ModelConfig(codec, flow, noise)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sfv_world.decoding.frames import StreamState
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.model import Stage
+from sfv_world.flow.shallow import Stage
 
 
 @dataclass
@@ -44,6 +44,7 @@ class WorldState:
         """All of the state but its clock, by name."""
         cache = self.stream.cache
         tensors = {"keys": cache.keys, "values": cache.values, "visible": cache.visible, "frames": self.frames}
+        tensors["tokens"] = self.stream.tokens
         tensors |= {"seeds": torch.from_numpy(self.seeds), "ages": torch.from_numpy(self.ages)}
         for index, stage in enumerate([self.stream.deep, *self.stream.shallow]):
             tensors |= {
@@ -59,7 +60,8 @@ class WorldState:
         count = sum(name.endswith(".tokens") for name in tensors)
         parts = [[tensors[f"{index}.{part}"] for part in ("tokens", "mu", "sigma")] for index in range(count)]
         deep, *shallow = [Stage(tokens, Fields(mu, sigma)) for tokens, mu, sigma in parts]
-        stream = StreamState(FrameCache(tensors["keys"], tensors["values"], tensors["visible"], clock), deep, shallow)
+        cache = FrameCache(tensors["keys"], tensors["values"], tensors["visible"], clock)
+        stream = StreamState(cache, tensors["tokens"], deep, shallow)
         return cls(stream, tensors["frames"], tensors["seeds"].cpu().numpy(), tensors["ages"].cpu().numpy())
 
     @property

@@ -10,7 +10,7 @@ from tiny import normal
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from sfv_world.codec.pixels import PixelCodec, PixelCodecConfig, cosine_matrix
+from sfv_world.codec.pixels import PixelCodec, PixelCodecConfig, coarse_to_fine, cosine_matrix
 
 law = partial(settings, deadline=None, derandomize=True, database=None)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -110,3 +110,12 @@ def test_fitted_tokens_have_unit_variance(noise: float, cosine: bool, seed: int)
 def test_patches_must_divide_the_frame(height: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"patch must divide height and width, got patch 8 for .* {height} x {width}"):
         PixelCodecConfig(height, width, 8)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3, 8])
+def test_channels_go_from_coarse_to_fine(patch: int) -> None:
+    order = coarse_to_fine(patch)
+    exact(order.sort().values, torch.arange(3 * patch**2))
+    row, column = order // 3 // patch, order // 3 % patch
+    assert ((row + column).diff() >= 0).all()
+    exact(row[:3] + column[:3], torch.zeros(3, dtype=torch.long))  # a patch's mean colours come first

@@ -9,13 +9,13 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONTROL_WIDTH, KINDS, normal, randomised, tiny_flow, video
+from tiny import CONTROL_WIDTH, KINDS, Kind, normal, of_kind, randomised, tiny_flow, video
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from sfv_world.codec.pixels import PixelCodecConfig
 from sfv_world.decoding.frames import StreamState, read_frame, read_video
-from sfv_world.flow.model import DeepKind, Encoding, FlowConfig, VideoFlow
+from sfv_world.flow.model import Encoding, FlowConfig, VideoFlow
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel
 
@@ -48,7 +48,7 @@ def same_frames(a: Encoding, b: Encoding, frames: slice) -> bool:
 @law(max_examples=12)
 @torch.no_grad()
 def test_inverse_of_forward_is_the_identity(
-    kind: DeepKind, grid: Any, channels: int, frames: int, window: int, blocks: int, controlled: bool, seed: int
+    kind: Kind, grid: Any, channels: int, frames: int, window: int, blocks: int, controlled: bool, seed: int
 ) -> None:
     flow = tiny_flow(kind, grid=grid, channels=channels, window=window, blocks=blocks, seed=seed, dtype=torch.float64)
     tokens, controls = video(flow, 2, frames, seed)
@@ -63,7 +63,7 @@ def test_inverse_of_forward_is_the_identity(
 @each_kind
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("controlled", [False, True])
-def test_log_det_is_that_of_the_jacobian(kind: DeepKind, blocks: int, controlled: bool) -> None:
+def test_log_det_is_that_of_the_jacobian(kind: Kind, blocks: int, controlled: bool) -> None:
     flow = tiny_flow(kind, channels=2, window=2, blocks=blocks, dtype=torch.float64)
     tokens, controls = video(flow, 1, 3)
     given_controls = controls if controlled else None
@@ -77,7 +77,7 @@ def test_log_det_is_that_of_the_jacobian(kind: DeepKind, blocks: int, controlled
 
 @each_kind
 @torch.no_grad()
-def test_log_prob_is_the_change_of_variables(kind: DeepKind) -> None:
+def test_log_prob_is_the_change_of_variables(kind: Kind) -> None:
     flow = tiny_flow(kind, dtype=torch.float64)
     tokens, controls = video(flow, 2, 4)
     encoding = flow(tokens, controls)
@@ -89,7 +89,7 @@ def test_log_prob_is_the_change_of_variables(kind: DeepKind) -> None:
 @each_kind
 @pytest.mark.parametrize(("grid", "channels", "frames"), [((1, 1), 1, 2), ((1, 2), 1, 1), ((1, 1), 2, 1)])
 @torch.no_grad()
-def test_density_integrates_to_one(kind: DeepKind, grid: tuple[int, int], channels: int, frames: int) -> None:
+def test_density_integrates_to_one(kind: Kind, grid: tuple[int, int], channels: int, frames: int) -> None:
     """Videos of two numbers in all: the density of a frame given the one before, or of a token given another."""
     flow = tiny_flow(kind, grid=grid, channels=channels, depth=1, dtype=torch.float64, scale=0.2, seed=3)
     axis = torch.linspace(-20, 20, 161, dtype=torch.float64)
@@ -101,10 +101,10 @@ def test_density_integrates_to_one(kind: DeepKind, grid: tuple[int, int], channe
 
 
 @each_kind
-def test_likelihood_of_a_world_is_over_pixels(kind: DeepKind) -> None:
+def test_likelihood_of_a_world_is_over_pixels(kind: Kind) -> None:
     codec = PixelCodecConfig(2, 4, patch=2)
     sizes = TransformerConfig(16, 1, head_dim=16, window=2), TransformerConfig(16, 1, head_dim=16)
-    flow = FlowConfig(codec.channels, codec.grid, *sizes, shallow_blocks=2, kind=kind, control_width=4)
+    flow = of_kind(FlowConfig(codec.channels, codec.grid, *sizes, shallow_blocks=2, control_width=4), kind)
     model = randomised(WorldModel(ModelConfig(codec, flow), spaces.Discrete(3))).double()
     model.codec.scale.copy_(torch.linspace(0.3, 2, codec.channels))
     actions, known = torch.eye(3, dtype=torch.float64)[None, :2], torch.tensor([[False, True]])
@@ -129,9 +129,7 @@ def test_likelihood_of_a_world_is_over_pixels(kind: DeepKind) -> None:
 @given(frame=st.integers(0, 4), token=st.integers(0, 3), window=st.integers(1, 3), seed=seeds)
 @law(max_examples=10)
 @torch.no_grad()
-def test_a_token_changes_nothing_before_its_frame(
-    kind: DeepKind, frame: int, token: int, window: int, seed: int
-) -> None:
+def test_a_token_changes_nothing_before_its_frame(kind: Kind, frame: int, token: int, window: int, seed: int) -> None:
     flow = tiny_flow(kind, window=window, seed=seed)
     tokens, controls = video(flow, 2, 5, seed)
     changed = tokens.clone()
@@ -147,7 +145,7 @@ def test_a_token_changes_nothing_before_its_frame(
 @given(frame=st.integers(0, 4), seed=seeds)
 @law(max_examples=8)
 @torch.no_grad()
-def test_an_action_changes_nothing_before_the_frame_it_leads_to(kind: DeepKind, frame: int, seed: int) -> None:
+def test_an_action_changes_nothing_before_the_frame_it_leads_to(kind: Kind, frame: int, seed: int) -> None:
     flow = tiny_flow(kind, seed=seed)
     tokens, controls = video(flow, 1, 5, seed)
     changed = controls.clone()
@@ -162,7 +160,7 @@ def test_an_action_changes_nothing_before_the_frame_it_leads_to(kind: DeepKind, 
 @given(depth=st.integers(1, 2), window=st.integers(1, 3), seed=seeds)
 @law(max_examples=8)
 @torch.no_grad()
-def test_the_window_is_exact(kind: DeepKind, depth: int, window: int, seed: int) -> None:
+def test_the_window_is_exact(kind: Kind, depth: int, window: int, seed: int) -> None:
     """A slot carries what came before it, so W frames of slots reach W frames back, and each further layer W - 1."""
     reach = depth * (window - 1) + 1
     flow = tiny_flow(kind, window=window, depth=depth, seed=seed)
@@ -200,9 +198,7 @@ def stream(
 @given(known=st.integers(1, 7), window=st.integers(1, 4), controlled=st.booleans(), seed=seeds)
 @law(max_examples=10)
 @torch.no_grad()
-def test_streaming_equals_the_parallel_pass(
-    kind: DeepKind, known: int, window: int, controlled: bool, seed: int
-) -> None:
+def test_streaming_equals_the_parallel_pass(kind: Kind, known: int, window: int, controlled: bool, seed: int) -> None:
     flow = tiny_flow(kind, window=window, seed=seed)
     tokens, controls = video(flow, 2, 8, seed)
     given_controls = controls if controlled else None
@@ -221,7 +217,7 @@ def test_streaming_equals_the_parallel_pass(
 @each_kind
 @pytest.mark.parametrize("clock", [7, 1000, 10**7, 10**9])
 @torch.no_grad()
-def test_the_clock_does_not_matter(kind: DeepKind, clock: int) -> None:
+def test_the_clock_does_not_matter(kind: Kind, clock: int) -> None:
     flow = tiny_flow(kind)
     state = stream(flow, *video(flow, 2, 9), known=4, clock=clock)
     assert state.cache.clock == clock + 5
@@ -231,7 +227,7 @@ def test_the_clock_does_not_matter(kind: DeepKind, clock: int) -> None:
 @given(clock=st.integers(0, 10_000), window=st.integers(1, 3), known=st.integers(1, 4), seed=seeds)
 @law(max_examples=6)
 @torch.no_grad()
-def test_a_row_can_join_others_at_their_clock(kind: DeepKind, clock: int, window: int, known: int, seed: int) -> None:
+def test_a_row_can_join_others_at_their_clock(kind: Kind, clock: int, window: int, known: int, seed: int) -> None:
     flow = tiny_flow(kind, window=window, seed=seed)
     tokens, controls = video(flow, 2, 6, seed)
     expected = flow(tokens, controls).log_prob
@@ -252,7 +248,7 @@ def test_a_row_can_join_others_at_their_clock(kind: DeepKind, clock: int, window
 @given(frames=st.integers(1, 5), row=st.integers(0, 3), seed=seeds)
 @law(max_examples=6)
 @torch.no_grad()
-def test_a_row_of_many_is_that_row_alone(kind: DeepKind, frames: int, row: int, seed: int) -> None:
+def test_a_row_of_many_is_that_row_alone(kind: Kind, frames: int, row: int, seed: int) -> None:
     flow = tiny_flow(kind, seed=seed)
     tokens, controls = video(flow, 4, frames, seed)
     many, alone = flow(tokens, controls), flow(tokens[row : row + 1], controls[row : row + 1])
@@ -262,7 +258,7 @@ def test_a_row_of_many_is_that_row_alone(kind: DeepKind, frames: int, row: int, 
 
 @each_kind
 @torch.no_grad()
-def test_copied_rows_go_their_own_way(kind: DeepKind) -> None:
+def test_copied_rows_go_their_own_way(kind: Kind) -> None:
     """Rows selected, repeated and reordered continue as their originals would, which know nothing of it."""
     flow = tiny_flow(kind)
     tokens, controls = video(flow, 3, 6)
@@ -280,7 +276,7 @@ def test_copied_rows_go_their_own_way(kind: DeepKind) -> None:
 
 @each_kind
 @torch.no_grad()
-def test_a_closed_adapter_changes_nothing(kind: DeepKind) -> None:
+def test_a_closed_adapter_changes_nothing(kind: Kind) -> None:
     flow = tiny_flow(kind)
     tokens, controls = video(flow, 2, 4)
     assert not torch.equal(flow(tokens, controls).log_prob, flow(tokens).log_prob)
@@ -291,7 +287,7 @@ def test_a_closed_adapter_changes_nothing(kind: DeepKind) -> None:
 
 
 @each_kind
-def test_a_new_flow_is_the_identity(kind: DeepKind) -> None:
+def test_a_new_flow_is_the_identity(kind: Kind) -> None:
     flow = VideoFlow(tiny_flow(kind).config)
     tokens, controls = video(flow, 2, 3)
     encoding = flow(tokens, controls)

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import KINDS, normal, randomised
+from tiny import KINDS, Kind, normal, of_kind, randomised
 from torch import Tensor
 
 from sfv_world.codec.pixels import PixelCodecConfig
@@ -18,7 +18,7 @@ from sfv_world.data.clips import Clips
 from sfv_world.flow.model import DeepKind, FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
-from sfv_world.training.objective import Batch, ObjectiveConfig, world_loss
+from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, world_loss
 
 law = partial(settings, deadline=None, derandomize=True, database=None)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -27,11 +27,11 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 SPACE = spaces.Dict(key=spaces.Discrete(3), turn=spaces.Box(-1, 1, (1,)))
 
 
-def model(kind: DeepKind = "frame-parallel", random: bool = True) -> WorldModel:
+def model(kind: Kind = "frame-parallel", random: bool = True) -> WorldModel:
     """A world of 4 x 4 frames in 4 tokens."""
     codec = PixelCodecConfig(4, 4, patch=2)
     sizes = TransformerConfig(16, 1, head_dim=16, window=2), TransformerConfig(16, 1, head_dim=16)
-    flow = FlowConfig(codec.channels, codec.grid, *sizes, shallow_blocks=2, kind=kind, control_width=4)
+    flow = of_kind(FlowConfig(codec.channels, codec.grid, *sizes, shallow_blocks=2, control_width=4), kind)
     world = WorldModel(ModelConfig(codec, flow), SPACE)
     world.codec.scale.copy_(torch.linspace(0.3, 2, codec.channels))
     return randomised(world) if random else world
@@ -89,7 +89,7 @@ HEADS = ("reward_loss", "termination_loss")
 
 
 @each_kind
-def test_padding_counts_nowhere(kind: DeepKind) -> None:
+def test_padding_counts_nowhere(kind: Kind) -> None:
     world, data = model(kind), batch()
     assert same(world, data, changed(data, ~data.valid, "frames", "actions", "rewards", "terminations"))
     counted = torch.zeros(3, 5, dtype=torch.bool)
@@ -99,7 +99,7 @@ def test_padding_counts_nowhere(kind: DeepKind) -> None:
 
 
 @each_kind
-def test_a_repeated_screen_is_no_target_for_the_flow(kind: DeepKind) -> None:
+def test_a_repeated_screen_is_no_target_for_the_flow(kind: Kind) -> None:
     world, data = model(kind), batch()
     assert same(world, data, changed(data, data.terminal, "frames", "actions", "rewards", "terminations"), *FLOW)
     assert not same(world, data, changed(data, data.terminal, "rewards"), "reward_loss")
@@ -109,7 +109,7 @@ def test_a_repeated_screen_is_no_target_for_the_flow(kind: DeepKind) -> None:
 
 
 @each_kind
-def test_the_first_frame_is_no_target_for_the_heads(kind: DeepKind) -> None:
+def test_the_first_frame_is_no_target_for_the_heads(kind: Kind) -> None:
     world, data = model(kind), batch()
     first = (torch.arange(5) == 0).expand(3, -1)
     assert same(world, data, changed(data, first, "actions", "rewards", "terminations"))
@@ -128,7 +128,7 @@ def test_the_first_frame_has_its_own_weight() -> None:
 
 
 @each_kind
-def test_hidden_actions_are_the_unknown_action(kind: DeepKind) -> None:
+def test_hidden_actions_are_the_unknown_action(kind: Kind) -> None:
     world, data = model(kind), batch()
     unknown = data._replace(known=torch.zeros_like(data.known))
     later = (torch.arange(5) > 0).expand(3, -1)
@@ -143,7 +143,7 @@ def test_hidden_actions_are_the_unknown_action(kind: DeepKind) -> None:
 
 
 @each_kind
-def test_a_seed_decides_the_loss(kind: DeepKind) -> None:
+def test_a_seed_decides_the_loss(kind: Kind) -> None:
     world, data = model(kind), batch()
     exact(loss(world, data, seed=3)[0], loss(world, data, seed=3)[0])
     assert loss(world, data, seed=3)[0] != loss(world, data, seed=4)[0]
@@ -153,13 +153,13 @@ def test_a_seed_decides_the_loss(kind: DeepKind) -> None:
 @law(max_examples=5)
 def test_the_loss_is_its_weighted_parts(reward: float, termination: float) -> None:
     total, parts = loss(model(), batch(), reward_weight=reward, termination_weight=termination)
-    expected = parts["nats_per_dim"] + reward * parts["reward_loss"] + termination * parts["termination_loss"]
+    expected = parts["flow_loss"] + reward * parts["reward_loss"] + termination * parts["termination_loss"]
     close(total, expected)
     assert total.requires_grad and not any(part.requires_grad for part in parts.values())
 
 
 @each_kind
-def test_gradients_reach_every_weight(kind: DeepKind) -> None:
+def test_gradients_reach_every_weight(kind: Kind) -> None:
     world = model(kind)
     loss(world, batch(), action_dropout=0.3)[0].backward()
     for name, parameter in world.named_parameters():
@@ -168,7 +168,7 @@ def test_gradients_reach_every_weight(kind: DeepKind) -> None:
 
 
 @each_kind
-def test_the_flows_part_is_the_likelihood_of_noised_pixels(kind: DeepKind) -> None:
+def test_the_flows_part_is_the_likelihood_of_noised_pixels(kind: Kind) -> None:
     """An untrained flow is the identity, so tokens are standard normal under it; the rest is the codec's Jacobian."""
     world, data = model(kind, random=False), batch()
     generator = torch.Generator().manual_seed(5)
@@ -194,13 +194,39 @@ def test_a_batch_without_a_frame_that_counts_is_no_division_by_zero() -> None:
     assert total == 0
 
 
+# Where the loss looks -------------------------------------------------------------------------------------------------
+
+
+def test_patches_weigh_by_what_moved_before() -> None:
+    world = model()
+    still = normal(2, 1, 4, world.config.flow.channels).expand(-1, 5, -1, -1)
+    exact(motion_weights(still, world, 50.0), torch.ones(2, 5, 4))  # no noise in it: less change than noise makes
+    moved = still.clone()
+    moved[1, 2, 0] += 3  # frame 2 differs from the ones around it
+    weights = motion_weights(moved, world, 50.0)
+    close(weights.mean(), torch.tensor(1.0))
+    assert (weights[1, 3:] > 5 * weights[1, :3].max()).all()  # of 2 x 2 patches all are neighbours
+    exact(weights[0], weights[1, 0, 0].expand(5, 4))
+    exact(motion_weights(moved, world, 0.0), torch.ones(2, 5, 4))
+
+
+def test_weights_do_not_look_at_what_they_weigh() -> None:
+    world, tokens = model(), normal(1, 5, 4, 12)
+    changed = tokens.clone()
+    changed[:, 4] = 7
+    exact(motion_weights(changed, world, 50.0), motion_weights(tokens, world, 50.0))
+
+
 # Configurations ------------------------------------------------------------------------------------------------------
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["frame-parallel", "autoregressive"])
+@pytest.mark.parametrize("bands", [None, 0, 3])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_one_dial_sizes_a_model(kind: DeepKind, size: int) -> None:
-    config = model_config(size, 16, 24, patch=4, kind=kind)
+def test_one_dial_sizes_a_model(kind: DeepKind, bands: int | None, size: int) -> None:
+    config = model_config(size, 16, 24, patch=4, kind=kind, bands=bands)
+    default = 6 if kind == "frame-parallel" else 0
+    assert len(config.flow.bands) == (default if bands is None else bands)
     assert config.flow.deep.depth == size and config.flow.deep.width == 48 * size
     assert config.flow.grid == (4, 6) and config.flow.channels == 48 and config.colour_values == 16 * 24 * 3
     frames = torch.zeros(1, 2, 16, 24, 3, dtype=torch.uint8)

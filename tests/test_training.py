@@ -117,6 +117,9 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
     second = Trainer(replace(config, init=config.out, out=tmp_path / "second"))
     for name, tensor in load_model(config.out)[0].state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor)
+    other = Trainer(replace(config, init=config.out, out=tmp_path / "other", bands=2)).model.state_dict()
+    for name, tensor in second.model.state_dict().items():
+        assert torch.equal(tensor, other[name]) or name.startswith("flow.shallow."), name
     with pytest.raises(ValueError, match=r"init: expected a world of the shape.*noise=0.1"):
         Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
 

@@ -1,15 +1,17 @@
 """Tiny flows with random weights everywhere, so that nothing is the identity and a law that is broken fails."""
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sfv_world.flow.model import DeepKind, FlowConfig, VideoFlow
+from sfv_world.flow.model import FlowConfig, VideoFlow
 from sfv_world.flow.transformer import TransformerConfig
 
-KINDS: tuple[DeepKind, ...] = ("frame-parallel", "autoregressive")
+Kind = Literal["frame-parallel", "autoregressive", "bands"]
+KINDS: tuple[Kind, ...] = ("frame-parallel", "autoregressive", "bands")
+"""Both deep flows with raster blocks, and the frame-parallel one with bands."""
 CONTROL_WIDTH = 5
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -29,8 +31,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def of_kind(config: FlowConfig, kind: Kind) -> FlowConfig:
+    """The same sizes, as a flow of the given kind."""
+    if kind == "bands":
+        return replace(config, bands=(1, config.channels - 1) if config.channels > 1 else (1,))
+    return replace(config, kind=kind)
+
+
 def tiny_flow(
-    kind: DeepKind = "frame-parallel",
+    kind: Kind = "frame-parallel",
     *,
     grid: tuple[int, int] = (2, 2),
     channels: int = 3,
@@ -44,7 +53,7 @@ def tiny_flow(
     """A video flow of width 16 with random weights, in evaluation mode."""
     deep = TransformerConfig(width=16, depth=depth, head_dim=16, window=window)
     shallow = replace(deep, depth=1, window=1)
-    config = FlowConfig(channels, grid, deep, shallow, blocks, kind, CONTROL_WIDTH)
+    config = of_kind(FlowConfig(channels, grid, deep, shallow, blocks, control_width=CONTROL_WIDTH), kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         flow = VideoFlow(config)

@@ -3,7 +3,7 @@
 Each patch becomes one token. Its pixels, dequantised to [-1, 1], are turned by a fixed orthonormal cosine transform
 (rows, columns and colours) and scaled per channel. The flow predicts one mean and scale per channel, independent
 given the past; what is left unpredicted in a patch is smooth, so cosine coefficients are closer to independent
-than pixels are. The transform's constant Jacobian is part of the likelihood.
+than pixels are. Channels go from coarse to fine. The transform's constant Jacobian is part of the likelihood.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 CELL = 1 - 2**-16  # how much of a value's cell is used: float32 would round its very end into the next one
@@ -54,6 +54,13 @@ def cosine_matrix(size: int) -> Float[Tensor, "size size"]:
     return matrix
 
 
+def coarse_to_fine(patch: int) -> Int[Tensor, "c"]:
+    """The order of a patch's cosine coefficients (row, column, colour), as counted there, by spatial frequency."""
+    row, column, colour = torch.meshgrid(torch.arange(patch), torch.arange(patch), torch.arange(3), indexing="ij")
+    frequency = (row + column) * patch + torch.maximum(row, column)
+    return torch.argsort((frequency * 3 + colour).flatten(), stable=True)
+
+
 class PixelCodec(nn.Module):
     """Frames (..., H, W, 3) uint8 <-> tokens (..., L, C) float32, L patches in raster order."""
 
@@ -66,7 +73,7 @@ class PixelCodec(nn.Module):
         transform = torch.eye(config.channels, dtype=torch.float64)
         if config.cosine:
             space, colour = cosine_matrix(config.patch), cosine_matrix(3)
-            transform = torch.kron(torch.kron(space, space), colour)
+            transform = torch.kron(torch.kron(space, space), colour)[coarse_to_fine(config.patch)]
         self.register_buffer("transform", transform.float(), persistent=False)
         self.register_buffer("scale", torch.ones(config.channels))
 

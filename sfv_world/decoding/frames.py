@@ -14,7 +14,8 @@ from torch import Tensor
 from sfv_world.decoding.solver import DecodingConfig, Draft, draft_tokens, solve
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.model import Encoding, Stage, VideoFlow
+from sfv_world.flow.model import Encoding, VideoFlow
+from sfv_world.flow.shallow import BandFlow, RasterFlow, Stage
 
 DEEP_SHARE = 0.5
 """Tolerance of the autoregressive deep flow, in units of the frame's."""
@@ -33,25 +34,26 @@ class StreamState:
 
     cache: FrameCache
     """The deep flow's keys and values of the last W frames."""
+    tokens: Float[Tensor, "b l c"]
+    """Last frame's noised tokens."""
     deep: Stage
     """Last frame's latents and the deep flow's fields for them."""
     shallow: list[Stage]
-    """Last frame's tokens and fields in each shallow block."""
-
-    @property
-    def tokens(self) -> Float[Tensor, "b l c"]:
-        """Last frame's noised tokens."""
-        return self.shallow[0].tokens.flip(-2)
+    """Last frame's tokens and fields in each shallow block that is solved by sweeps."""
 
     def rows(self, rows: Int[Tensor, "n"]) -> "StreamState":
         """A copy of the given rows (selected, repeated, reordered)."""
         return StreamState(
-            self.cache.rows(rows), _stage_rows(self.deep, rows), [_stage_rows(s, rows) for s in self.shallow]
+            self.cache.rows(rows),
+            self.tokens[rows],
+            _stage_rows(self.deep, rows),
+            [_stage_rows(stage, rows) for stage in self.shallow],
         )
 
     def put(self, rows: Int[Tensor, "n"], other: "StreamState") -> None:
         """Replaces the given rows by those of `other`, a state of the same clock."""
         self.cache.put(rows, other.cache)
+        self.tokens[rows] = other.tokens
         for mine, theirs in zip([self.deep, *self.shallow], [other.deep, *other.shallow], strict=True):
             for old, new in zip((mine.tokens, *mine.fields), (theirs.tokens, *theirs.fields), strict=True):
                 old[rows] = new
@@ -96,7 +98,7 @@ def read_video(
     condition = encoding.features[:, -1] if flow.config.kind == "frame-parallel" else None
     _, _, shallow = flow.shallow(tokens[:, -1], condition)
     fields = Fields(encoding.fields.mu[:, -1], encoding.fields.sigma[:, -1])
-    return StreamState(cache, Stage(encoding.latents[:, -1], fields), shallow), encoding
+    return StreamState(cache, tokens[:, -1].clone(), Stage(encoding.latents[:, -1], fields), shallow), encoding
 
 
 def read_frame(
@@ -110,10 +112,12 @@ def read_frame(
         latents, log_det, shallow = flow.shallow(tokens)
         features, fields = _read_latents(flow, state, latents, controls)
     noise, deep_log_det = fields.normalise(latents)
-    _advance(state, Stage(latents, fields), shallow)
+    _advance(state, tokens, Stage(latents, fields), shallow)
     ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
     log_prob = standard_normal_log_prob(noise) + log_det + deep_log_det
-    return FrameReport(log_prob, noise, features, ones, ones * len(shallow), torch.zeros_like(log_prob[:, 0]))
+    return FrameReport(
+        log_prob, noise, features, ones, ones * len(flow.shallow.blocks), torch.zeros_like(log_prob[:, 0])
+    )
 
 
 def imagine_frame(
@@ -152,8 +156,12 @@ def imagine_frame(
     tolerance = torch.full_like(noise[:, 0, 0], min(loose, SHALLOW_TOLERANCE) if condition is None else loose)
     shallow_sweeps = torch.zeros_like(sweeps)
     for attempt in range(1, ATTEMPTS + 1):
-        tokens, taken = _invert_shallow(flow, latents, previous, condition, config, draft, tolerance)
-        found, log_det, shallow = flow.shallow(tokens, condition)
+        if isinstance(flow.shallow, BandFlow):  # exact after one pass a band
+            tokens, found, log_det = flow.shallow.decode(latents, condition)
+            taken, shallow = len(flow.shallow.bands), []
+        else:
+            tokens, taken = _invert_raster(flow.shallow, latents, previous, condition, config, draft, tolerance)
+            found, log_det, shallow = flow.shallow(tokens, condition)
         if condition is None and config.max_sweeps is not None:
             # Shallow blocks that stopped short leave other latents than those solved for, and those are the frame's.
             features, fields = _read_latents(flow, state, found, controls)
@@ -162,18 +170,19 @@ def imagine_frame(
         certificate = (exact - noise).abs().amax(dim=(1, 2))
         missed = ~(certificate <= config.tolerance)
         shallow_sweeps += taken + len(shallow)
-        if attempt == ATTEMPTS or config.block == 1 or config.max_sweeps is not None or not missed.any():
+        settled = isinstance(flow.shallow, BandFlow) or config.block == 1 or config.max_sweeps is not None
+        if attempt == ATTEMPTS or settled or not missed.any():
             break
         # Rows that are good enough start from their own answer with any tolerance: they stay as they are, bit for bit.
         tolerance = torch.where(missed, TIGHTER * tolerance, torch.inf)
         previous, draft = shallow, "tokens"
-    _advance(state, Stage(found, fields), shallow)
+    _advance(state, tokens, Stage(found, fields), shallow)
     log_prob = standard_normal_log_prob(exact) + log_det + deep_log_det
     return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps, certificate)
 
 
-def _invert_shallow(
-    flow: VideoFlow,
+def _invert_raster(
+    flow: RasterFlow,
     latents: Tensor,
     previous: list[Stage],
     condition: Tensor | None,
@@ -181,10 +190,10 @@ def _invert_shallow(
     draft: Draft,
     tolerance: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """latents -> (tokens, sweeps): the blocks of the shallow flow inverted, last one first."""
+    """latents -> (tokens, sweeps): the blocks of a raster flow inverted, last one first."""
     sweeps = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
     for index in reversed(range(len(previous))):
-        block, noise = flow.shallow.block(index), flow.shallow.orient(index, latents)
+        block, noise = flow.block(index), flow.orient(index, latents)
         solution = solve(
             block,
             noise,
@@ -194,9 +203,9 @@ def _invert_shallow(
             size=config.block,
             max_sweeps=config.max_sweeps,
             before=block.sos_embed.expand(len(noise), -1, -1),
-            condition=None if condition is None else flow.shallow.orient(index, condition),
+            condition=None if condition is None else flow.orient(index, condition),
         )
-        latents = flow.shallow.orient(index, solution.tokens)
+        latents = flow.orient(index, solution.tokens)
         sweeps += solution.sweeps
     return latents, sweeps
 
@@ -216,9 +225,9 @@ def _read_latents(
     return features, flow.deep.fields(features)
 
 
-def _advance(state: StreamState, deep: Stage, shallow: list[Stage]) -> None:
+def _advance(state: StreamState, tokens: Tensor, deep: Stage, shallow: list[Stage]) -> None:
     state.cache.advance()
-    state.deep, state.shallow = deep, shallow
+    state.tokens, state.deep, state.shallow = tokens, deep, shallow
 
 
 def _stage_rows(stage: Stage, rows: Tensor) -> Stage:

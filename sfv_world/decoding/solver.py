@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.model import Stage
+from sfv_world.flow.shallow import Stage
 from sfv_world.flow.transformer import SlotTransformer
 
 Draft = Literal["fields", "tokens", "noise", "zeros"]

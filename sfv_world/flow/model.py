@@ -7,7 +7,7 @@ which then carry what is left to say within the frame. Both are exact.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
+from sfv_world.flow.shallow import BandFlow, RasterFlow
 from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
 
 DeepKind = Literal["frame-parallel", "autoregressive"]
@@ -34,7 +35,9 @@ class FlowConfig:
     shallow: TransformerConfig
     """Each block of the flow within a frame."""
     shallow_blocks: int = 2
-    """Blocks within a frame, in alternating directions."""
+    """Autoregressive blocks within a frame, in alternating directions, where there are no bands."""
+    bands: tuple[int, ...] = ()
+    """Channels of each band of a shallow flow that goes from coarse to fine instead; all together those of a token."""
     kind: DeepKind = "frame-parallel"
     """Which deep flow."""
     control_width: int = 64
@@ -45,6 +48,8 @@ class FlowConfig:
             raise ValueError(f"shallow.window must be 1 (a shallow block sees one frame), got {self.shallow.window}")
         if self.kind not in ("frame-parallel", "autoregressive"):
             raise ValueError(f"kind must be 'frame-parallel' or 'autoregressive', got {self.kind!r}")
+        if self.bands and (min(self.bands) < 1 or sum(self.bands) != self.channels):
+            raise ValueError(f"bands must be positive and add up to the {self.channels} channels, got {self.bands}")
 
     @property
     def tokens(self) -> int:
@@ -72,65 +77,6 @@ class Encoding(NamedTuple):
         return standard_normal_log_prob(self.noise) + self.log_det
 
 
-class Stage(NamedTuple):
-    """What one affine map of the flow did to one frame: the tokens it read, in its own direction, and its fields."""
-
-    tokens: Float[Tensor, "n l c"]
-    fields: Fields
-
-
-class ShallowFlow(nn.Module):
-    """Affine autoregressive blocks within one frame, in alternating directions, the first one reversed."""
-
-    def __init__(self, config: FlowConfig):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            SlotTransformer(
-                config.shallow,
-                channels=config.channels,
-                grid=config.grid,
-                order="token",
-                condition_width=config.deep.width if config.kind == "frame-parallel" else None,
-            )
-            for _ in range(config.shallow_blocks)
-        )
-
-    def block(self, index: int) -> SlotTransformer:
-        """Block `index`, the first one to read tokens being 0."""
-        return cast(SlotTransformer, self.blocks[index])
-
-    @staticmethod
-    def orient(index: int, x: Tensor) -> Tensor:
-        """`x` (..., slots, channels) in block `index`'s direction, or back: even blocks read a frame from its end."""
-        return x.flip(-2) if index % 2 == 0 else x
-
-    def forward(
-        self, tokens: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
-    ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l"], list[Stage]]:
-        """tokens -> (latents, log|det| by token, what each block saw), for frames that know nothing of each other."""
-        total, stages = tokens.new_zeros(tokens.shape[:-1]), []
-        for index in range(len(self.blocks)):
-            block = self.block(index)
-            x, c = self.orient(index, tokens), None if condition is None else self.orient(index, condition)
-            features = block.features(block.shift(x[:, None]), condition=None if c is None else c[:, None])
-            fields = block.fields(features[:, 0])
-            z, log_det = fields.normalise(x)
-            stages.append(Stage(x, fields))
-            tokens, total = self.orient(index, z), total + self.orient(index, log_det[..., None])[..., 0]
-        return tokens, total, stages
-
-    def inverse(
-        self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
-    ) -> Float[Tensor, "n l c"]:
-        """latents -> tokens, one after the other."""
-        for index in reversed(range(len(self.blocks))):
-            block = self.block(index)
-            z, c = self.orient(index, latents), None if condition is None else self.orient(index, condition)
-            start = block.sos_embed.expand(len(z), -1, -1)
-            latents = self.orient(index, block.inverse(z, block.new_cache(len(z)), start, condition=c))
-        return latents
-
-
 class VideoFlow(nn.Module):
     """The normalizing flow over videos of noised tokens, conditioned on control tokens."""
 
@@ -144,7 +90,12 @@ class VideoFlow(nn.Module):
             order="frame" if config.kind == "frame-parallel" else "token",
             control_width=config.control_width,
         )
-        self.shallow = ShallowFlow(config)
+        condition = config.deep.width if config.kind == "frame-parallel" else None
+        self.shallow: RasterFlow | BandFlow
+        if config.bands:
+            self.shallow = BandFlow(config.shallow, config.grid, config.bands, condition)
+        else:
+            self.shallow = RasterFlow(config.shallow, config.grid, config.channels, config.shallow_blocks, condition)
 
     def forward(
         self,

@@ -43,7 +43,10 @@ class TransformerConfig:
 
 
 class SlotTransformer(nn.Module):
-    """A windowed causal Transformer over frames of slots, with its output projection to (a, b) of the fields."""
+    """A windowed causal Transformer over frames of slots, with its output projection to (a, b) of the fields.
+
+    It reads tokens of `channels` and predicts fields of `outputs` channels, as many if not said.
+    """
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class SlotTransformer(nn.Module):
         channels: int,
         grid: tuple[int, int],
         order: Order,
+        outputs: int | None = None,
         control_width: int | None = None,
         condition_width: int | None = None,
     ):
@@ -67,7 +71,7 @@ class SlotTransformer(nn.Module):
             Layer(config.width, config.head_dim, control_width) for _ in range(config.depth)
         )
         self.final_norm = FinalNorm(config.width)
-        self.proj_out = nn.Linear(config.width, 2 * channels)
+        self.proj_out = nn.Linear(config.width, 2 * (outputs or channels))
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 

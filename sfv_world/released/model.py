@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields
-from sfv_world.flow.model import Encoding, Stage
+from sfv_world.flow.model import Encoding
+from sfv_world.flow.shallow import Stage
 from sfv_world.layers import Attend, FinalNorm, Layer
 from sfv_world.released.cache import SequenceCache
 from sfv_world.released.config import DENOISER_LAYERS, ReleasedConfig

@@ -15,7 +15,7 @@ from torch import Tensor
 from sfv_world.decoding.frames import SHALLOW_TOLERANCE
 from sfv_world.decoding.solver import DecodingConfig, draft_tokens
 from sfv_world.flow.affine import standard_normal_log_prob
-from sfv_world.flow.model import Stage
+from sfv_world.flow.shallow import Stage
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.solver import BlockStream, solve
 

@@ -8,7 +8,7 @@ the state to resume from; a loss that is not finite stops the run before either 
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -45,12 +45,14 @@ class TrainConfig:
     """Size: about 0.5, 3 or 22 million parameters."""
     kind: DeepKind = "frame-parallel"
     """Which deep flow."""
+    bands: int | None = None
+    """Bands of the shallow flow, 0 for raster blocks; none: what goes best with the deep flow."""
     steps: int | None = None
     """Stop after this many steps."""
     minutes: float | None = None
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
-    """World whose weights to start from; none: random ones."""
+    """World whose weights to start from, those of the shallow flow only where it has the same bands; none: random ones."""
     resume: bool = False
     """Continue the run in `out`, which must have the same configuration up to its length."""
     patch: int = 8
@@ -118,6 +120,7 @@ class Trainer:
             width,
             patch=config.patch,
             kind=config.kind,
+            bands=config.bands,
             window=config.window,
             noise=config.noise,
         )
@@ -126,12 +129,16 @@ class Trainer:
         self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
         if config.init:
             before, _ = load_model(config.init, config.device)
-            if (before.config, before.action_space) != (shape, episodes.action_space):
+            weights, theirs = before.state_dict(), before.config
+            if theirs.flow.bands != shape.flow.bands:  # another kind of shallow flow begins anew
+                weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
+                theirs = replace(theirs, flow=replace(theirs.flow, bands=shape.flow.bands))
+            if (theirs, before.action_space) != (shape, episodes.action_space):
                 raise ValueError(
                     f"init: expected a world of the shape {shape} for actions {episodes.action_space}, got {before.config} "
                     f"for {before.action_space}. Choose the preset, kind, window, patch and noise it was trained with."
                 )
-            self.model.load_state_dict(before.state_dict())
+            self.model.load_state_dict(self.model.state_dict() | weights)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True

@@ -1,0 +1,132 @@
+"""Shallow flows: what is left to say within one frame, once the deep flow has said what it knows of it.
+
+Two kinds share one interface. `RasterFlow` is STARFlow-V's (arXiv 2511.20462): affine autoregressive blocks, token by token, in
+alternating directions; its inverse is a fixed point (`decoding.solver`). `BandFlow` goes from coarse to fine: the channels of
+all tokens are cut into bands, and each band's fields follow from the coarser ones of the whole frame. It is exact after one
+pass a band, however uncertain the frame is, and what it draws within a patch hangs together (parallel multiscale
+autoregression, arXiv 1703.03664, with the affine maps of RealNVP, arXiv 1605.08803).
+"""
+
+from itertools import accumulate
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sfv_world.flow.affine import Fields
+from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
+
+
+class Stage(NamedTuple):
+    """What one affine map of the flow did to one frame: the tokens it read, in its own direction, and its fields."""
+
+    tokens: Float[Tensor, "n l c"]
+    fields: Fields
+
+
+class RasterFlow(nn.Module):
+    """Affine autoregressive blocks within one frame, in alternating directions, the first one reversed."""
+
+    def __init__(
+        self, config: TransformerConfig, grid: tuple[int, int], channels: int, blocks: int, condition_width: int | None
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SlotTransformer(config, channels=channels, grid=grid, order="token", condition_width=condition_width)
+            for _ in range(blocks)
+        )
+
+    def block(self, index: int) -> SlotTransformer:
+        """Block `index`, the first one to read tokens being 0."""
+        return cast(SlotTransformer, self.blocks[index])
+
+    @staticmethod
+    def orient(index: int, x: Tensor) -> Tensor:
+        """`x` (..., slots, channels) in block `index`'s direction, or back: even blocks read a frame from its end."""
+        return x.flip(-2) if index % 2 == 0 else x
+
+    def forward(
+        self, tokens: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
+    ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l"], list[Stage]]:
+        """tokens -> (latents, log|det| by token, what each block saw), for frames that know nothing of each other."""
+        total, stages = tokens.new_zeros(tokens.shape[:-1]), []
+        for index in range(len(self.blocks)):
+            block = self.block(index)
+            x, c = self.orient(index, tokens), None if condition is None else self.orient(index, condition)
+            features = block.features(block.shift(x[:, None]), condition=None if c is None else c[:, None])
+            fields = block.fields(features[:, 0])
+            z, log_det = fields.normalise(x)
+            stages.append(Stage(x, fields))
+            tokens, total = self.orient(index, z), total + self.orient(index, log_det[..., None])[..., 0]
+        return tokens, total, stages
+
+    def inverse(
+        self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
+    ) -> Float[Tensor, "n l c"]:
+        """latents -> tokens, one after the other."""
+        for index in reversed(range(len(self.blocks))):
+            block = self.block(index)
+            z, c = self.orient(index, latents), None if condition is None else self.orient(index, condition)
+            start = block.sos_embed.expand(len(z), -1, -1)
+            latents = self.orient(index, block.inverse(z, block.new_cache(len(z)), start, condition=c))
+        return latents
+
+
+class BandFlow(nn.Module):
+    """Affine coupling from coarse to fine: the fields of a band of channels follow from all coarser bands of the frame."""
+
+    def __init__(
+        self, config: TransformerConfig, grid: tuple[int, int], bands: tuple[int, ...], condition_width: int | None
+    ):
+        super().__init__()
+        channels = sum(bands)
+        self.bands = [slice(end - size, end) for size, end in zip(bands, accumulate(bands), strict=True)]
+        self.blocks = nn.ModuleList(
+            SlotTransformer(
+                config, channels=channels, outputs=size, grid=grid, order="frame", condition_width=condition_width
+            )
+            for size in bands
+        )
+
+    def forward(
+        self, tokens: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
+    ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l"], list[Stage]]:
+        """tokens -> (latents, log|det| by token, nothing), for frames that know nothing of each other."""
+        latents, log_dets = [], []
+        for index, band in enumerate(self.bands):
+            z, log_det = self._fields(index, tokens[..., : band.start], condition).normalise(tokens[..., band])
+            latents.append(z)
+            log_dets.append(log_det)
+        return torch.cat(latents, dim=-1), torch.stack(log_dets).sum(0), []
+
+    def inverse(
+        self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
+    ) -> Float[Tensor, "n l c"]:
+        """latents -> tokens, one band after the other."""
+        return self.decode(latents, condition)[0]
+
+    def decode(
+        self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
+    ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l c"], Float[Tensor, "n l"]]:
+        """latents -> (tokens, their own latents, log|det| by token): the inverse, and what `forward` says of its answer.
+
+        Each band's fields are evaluated at the very tokens that are returned, so nothing is left to verify.
+        """
+        tokens, found, log_dets = latents[..., :0], [], []
+        for index, band in enumerate(self.bands):
+            fields = self._fields(index, tokens, condition)
+            x = fields.denormalise(latents[..., band])
+            z, log_det = fields.normalise(x)
+            tokens = torch.cat([tokens, x], dim=-1)
+            found.append(z)
+            log_dets.append(log_det)
+        return tokens, torch.cat(found, dim=-1), torch.stack(log_dets).sum(0)
+
+    def _fields(self, index: int, coarser: Tensor, condition: Tensor | None) -> Fields:
+        """Fields of a band; the channels that are not known yet hold the start token's."""
+        block = cast(SlotTransformer, self.blocks[index])
+        start = block.sos_embed.expand(*coarser.shape[:-1], -1)
+        slots = torch.cat([coarser, start[..., coarser.shape[-1] :]], dim=-1)
+        features = block.features(slots[:, None], condition=None if condition is None else condition[:, None])
+        return block.fields(features[:, 0])
