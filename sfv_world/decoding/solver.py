@@ -4,7 +4,8 @@ x -> mu(x) + sigma(x) z depends on earlier tokens only, so it has one fixed poin
 as many steps as there are tokens (arXiv 2002.03629), and mostly in three. A sweep evaluates mu and sigma at its *input*,
 so it also knows that input's exact noise z' = (x - mu) / sigma. The solver therefore returns the iterate it evaluated,
 never the one it would try next: fields, noise and cached keys and values are exactly those of what is returned, and
-the certificate max|z' - z| says how far that is from what was asked for.
+the certificate max|z' - z| says how far that is from what was asked for. Tokens within the tolerance, with all before them, are
+settled: they stay as they are, and later sweeps evaluate only what follows them.
 """
 
 from dataclasses import dataclass
@@ -109,15 +110,18 @@ def solve(
     tokens = draft.clone()
     features = noise.new_empty(rows, length, block.config.width)
     sweeps = torch.zeros(rows, dtype=torch.long, device=noise.device)
-    certificate = noise.new_zeros(rows)
+    errors = noise.new_zeros(rows, length)
     for start in range(0, length, size or length):
-        at = slice(start, min(start + (size or length), length))
-        limit = max_sweeps or at.stop - at.start + 1
+        stop = min(start + (size or length), length)
+        limit = max_sweeps or stop - start + 1
         active, work = torch.arange(rows, device=noise.device), cache
+        verified = torch.full((rows,), start, device=noise.device)  # tokens that are settled, with all before them
         for sweep in range(1, limit + 1):
+            # Slots before the first token that any row has open are done: their keys and values are in the cache.
+            at = slice(int(verified[active].min()) if work is not None else start, stop)
             now, wanted = tokens[active], noise[active, at]
-            first = before[active] if start == 0 else now[:, start - 1 : start]
-            carried = torch.cat([first, now[:, start : at.stop - 1]], dim=1)
+            first = before[active] if at.start == 0 else now[:, at.start - 1 : at.start]
+            carried = torch.cat([first, now[:, at.start : at.stop - 1]], dim=1)
             if work is None:
                 given = None if condition is None else condition[active, None]
                 seen = block.features(carried[:, None], condition=given)[:, 0]
@@ -125,15 +129,17 @@ def solve(
                 seen = block.decode(carried, work, at, _pick(controls, active), _pick(condition, active, at))
             fields = block.fields(seen)
             sweeps[active] += 1
-            if at.stop - at.start == 1:  # a lone token's fields do not depend on it: it is exact at once
-                tokens[active, at], features[active, at] = fields.denormalise(wanted), seen
+            features[active, at] = seen
+            if stop - start == 1:  # a lone token's fields do not depend on it: it is exact at once
+                tokens[active, at] = fields.denormalise(wanted)
                 break
             found, _ = fields.normalise(now[:, at])
-            error = (found - wanted).abs().amax(dim=(1, 2))
-            done = (error < tolerances[active]) | (sweep == limit)  # NaN is never below and goes on to the limit
+            error = (found - wanted).abs().amax(dim=2)
+            errors[active, at] = error
+            fine = error < tolerances[active, None]  # NaN is never below and goes on to the limit
+            verified[active] = torch.maximum(verified[active], at.start + fine.cumprod(1).sum(1))
+            done = fine.all(1) | (sweep == limit)
             finished = active[done]
-            certificate[finished] = torch.maximum(certificate[finished], error[done])
-            features[finished, at] = seen[done]
             if cache is not None and work is not None and len(finished):
                 if work is not cache:
                     cache.write_current(finished, work.rows(done.nonzero()[:, 0]))
@@ -141,8 +147,11 @@ def solve(
             if len(finished) == len(active):
                 break
             active = active[~done]
-            tokens[active, at] = fields.denormalise(wanted)[~done]
-    return Solution(tokens, features, sweeps, certificate)
+            unsettled = torch.arange(at.start, stop, device=noise.device) >= verified[active, None]
+            tokens[active, at] = torch.where(
+                unsettled[..., None], fields.denormalise(wanted)[~done], tokens[active, at]
+            )
+    return Solution(tokens, features, sweeps, errors.amax(1))
 
 
 def _pick(x: Tensor | None, rows: Tensor, at: slice | None = None) -> Tensor | None:
