@@ -5,7 +5,7 @@ would be, whatever the other rows do.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sfv_world.data.clips import take
-from sfv_world.envs.world_env import check_state_is_of, step_info, warn_if_unconverged
+from sfv_world.envs.world_env import check_state_is_of, open_world, step_info, warn_if_unconverged
 from sfv_world.state import WorldState
-from sfv_world.world import World, WorldOutput, load_world
+from sfv_world.world import World, WorldOutput
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,13 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}.")
         if output not in ("numpy", "torch"):
             raise ValueError(f"output: expected 'numpy' or 'torch', got {output!r}.")
-        if not isinstance(world, World):
-            world = load_world(world, device or "cpu")
-        self.world = copy.copy(world)
-        self.world.decoding = replace(world.decoding, **decoding)
+        self.world, fps = open_world(world, device, decoding)
         self.num_envs, self.render_mode, self.output = num_envs, render_mode, output
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = AutoresetMode(autoreset_mode)
-        fps = world.about.get("data", {}).get("fps") or 10
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps, "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = spaces.Box(0, 255, world.frame_shape, np.uint8)
-        self.single_action_space = copy.deepcopy(world.action_space)
+        self.single_observation_space = spaces.Box(0, 255, self.world.frame_shape, np.uint8)
+        self.single_action_space = copy.deepcopy(self.world.action_space)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._state: WorldState | None = None

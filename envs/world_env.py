@@ -82,16 +82,11 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode: expected None, 'human' or 'rgb_array', got {render_mode!r}.")
-        if not isinstance(world, World):
-            world = load_world(world, device or "cpu")
-        elif device is not None and torch.device(device).type != world.device.type:
-            raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
-        self.world = copy.copy(world)
-        self.world.decoding = replace(world.decoding, **decoding)
+        self.world, fps = open_world(world, device, decoding)
         self.render_mode = render_mode
-        self.metadata = {**self.metadata, "render_fps": world.about.get("data", {}).get("fps") or 10}
-        self.observation_space = spaces.Box(0, 255, world.frame_shape, np.uint8)
-        self.action_space = copy.deepcopy(world.action_space)
+        self.metadata = {**self.metadata, "render_fps": fps}
+        self.observation_space = spaces.Box(0, 255, self.world.frame_shape, np.uint8)
+        self.action_space = copy.deepcopy(self.world.action_space)
         self._state: WorldState | None = None
         self._terminated = False
         self._window: str | None = None
@@ -210,6 +205,23 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         if actions is None or (frames.shape[1:2] == (1,) and len(actions) == 0):
             return frames, None
         return frames, _one(self.action_space, actions)
+
+
+def open_world(
+    world: World | str | Path, device: str | torch.device | None, decoding: dict[str, Any]
+) -> tuple[World, float]:
+    """The world an environment steps, decoding as asked for, and its frames a second.
+
+    Raises:
+        ValueError: if there is no such world, or one that is loaded is on another device.
+    """
+    if not isinstance(world, World):
+        world = load_world(world, device or "cpu")
+    elif device is not None and torch.device(device).type != world.device.type:
+        raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
+    own = copy.copy(world)
+    own.decoding = replace(world.decoding, **decoding)
+    return own, float(world.about.get("data", {}).get("fps") or 10)
 
 
 def check_state_is_of(world: World, state: WorldState, checksum: int) -> None:

@@ -22,6 +22,7 @@ from sfv_world.model import ModelConfig, WorldModel
 
 FORMAT = 2
 CONFIG, MODEL, STARTS = "config.json", "model.safetensors", "starts.safetensors"
+DECODING = "decoding.json"
 
 
 @contextmanager

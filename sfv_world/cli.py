@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 import sfv_world.envs  # noqa: F401  (registers the environment ids)
+from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig, evaluate
@@ -23,6 +24,7 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     TrainConfig: train,
     EvaluateConfig: evaluate,
     DemoConfig: demo,
+    CalibrateConfig: calibrate,
     ConvertConfig: convert,
     InfoConfig: info,
     GenerateConfig: generate,
@@ -34,6 +36,10 @@ Command = (
     | Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train a world on a recording.")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Measure a world on held-out episodes.")]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo", description="Step a world beside the real game.")]
+    | Annotated[
+        CalibrateConfig,
+        tyro.conf.subcommand("calibrate", description="Find the block size that decodes a world fastest here."),
+    ]
     | Annotated[
         ConvertConfig,
         tyro.conf.subcommand("convert", description="Turn a checkpoint of the released layout into safetensors."),

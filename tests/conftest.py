@@ -10,12 +10,12 @@ from jaxtyping import install_import_hook
 
 install_import_hook("sfv_world", "beartype.beartype")
 
-from tiny import randomised  # noqa: E402
+from tiny import KINDS, Kind, of_kind, randomised  # noqa: E402
 
 from sfv_world.checkpoint import STARTS, save_model, save_tensors  # noqa: E402
 from sfv_world.codec.pixels import PixelCodecConfig  # noqa: E402
 from sfv_world.control.spaces import action_size  # noqa: E402
-from sfv_world.flow.model import DeepKind, FlowConfig  # noqa: E402
+from sfv_world.flow.model import FlowConfig  # noqa: E402
 from sfv_world.flow.transformer import TransformerConfig  # noqa: E402
 from sfv_world.model import ModelConfig, WorldModel  # noqa: E402
 from sfv_world.world import World, load_world  # noqa: E402
@@ -25,11 +25,11 @@ torch.set_num_threads(1)
 DISCRETE = spaces.Discrete(3)
 
 
-def tiny_model(kind: DeepKind, action_space: spaces.Space, seed: int) -> WorldModel:
+def tiny_model(kind: Kind, action_space: spaces.Space, seed: int) -> WorldModel:
     """A model of 16 x 24 frames in 2 x 3 tokens, window 3, in which every weight matters."""
     codec = PixelCodecConfig(16, 24, patch=8)
     deep, shallow = TransformerConfig(32, 2, head_dim=16, window=3), TransformerConfig(32, 1, head_dim=16)
-    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, kind=kind, control_width=8)
+    flow = of_kind(FlowConfig(codec.channels, codec.grid, deep, shallow, control_width=8), kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = randomised(WorldModel(ModelConfig(codec, flow, control_tokens=2), action_space), seed, scale=0.04)
@@ -46,7 +46,7 @@ def tiny_model(kind: DeepKind, action_space: spaces.Space, seed: int) -> WorldMo
 def build_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a tiny world with three start sequences of four frames, and gives its folder."""
 
-    def build(kind: DeepKind = "frame-parallel", action_space: spaces.Space = DISCRETE, seed: int = 0) -> Path:
+    def build(kind: Kind = "frame-parallel", action_space: spaces.Space = DISCRETE, seed: int = 0) -> Path:
         folder = tmp_path_factory.mktemp(kind)
         save_model(folder, tiny_model(kind, action_space, seed), {"data": {"fps": 8.75}})
         generator = torch.Generator().manual_seed(seed)
@@ -58,13 +58,13 @@ def build_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return build
 
 
-@pytest.fixture(scope="session", params=["frame-parallel", "autoregressive"])
+@pytest.fixture(scope="session", params=KINDS)
 def tiny_folder(request: pytest.FixtureRequest, build_world: Callable[..., Path]) -> Path:
-    """Folder of a tiny world, of each kind of deep flow; tests must not change it."""
+    """Folder of a tiny world, of each kind of flow; tests must not change it."""
     return build_world(request.param)
 
 
 @pytest.fixture(scope="session")
 def tiny_world(tiny_folder: Path) -> World:
-    """A tiny world, of each kind of deep flow; tests must not change it."""
+    """A tiny world, of each kind of flow; tests must not change it."""
     return load_world(tiny_folder)

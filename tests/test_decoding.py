@@ -154,6 +154,18 @@ def test_a_frame_is_within_its_tolerance(kind: Kind, tolerance: float, seed: int
     assert (report.certificate <= tolerance).all()
 
 
+def test_settled_tokens_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sweep settles a token or more, so what sweeps evaluate shrinks from the front."""
+    flow = tiny_flow("autoregressive", grid=(2, 4), scale=0.25)
+    tokens, controls = video(flow, 1, 4)
+    begins, decode = [], flow.deep.decode
+    monkeypatch.setattr(flow.deep, "decode", lambda s, c, at, *rest: begins.append(at.start) or decode(s, c, at, *rest))
+    noise = normal(1, 1, 8, 3, seed=7)
+    _, (report,), _ = imagine(flow, tokens[:, :3], controls, noise, DecodingConfig(tolerance=1e-4, draft="zeros"))
+    assert len(begins) == report.sweeps.item() > 3
+    assert begins[0] == 0 and begins == sorted(begins) and begins[-1] >= len(begins) - 2
+
+
 @each_kind
 def test_a_row_that_is_not_a_number_harms_no_other(kind: Kind) -> None:
     flow = tiny_flow(kind)

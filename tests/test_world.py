@@ -181,8 +181,9 @@ def test_every_draft_and_block_leads_to_the_same_frame(tiny_world, changes):
         assert torch.allclose(output.log_likelihood, wanted.log_likelihood, atol=0.5)
 
 
-def test_what_was_not_solved_is_reported(tiny_world):
-    world = decoding(tiny_world, max_sweeps=1, draft="zeros")
+@pytest.mark.parametrize("kind", ["frame-parallel", "autoregressive"])
+def test_what_was_not_solved_is_reported(build_world, kind):
+    world = decoding(load_world(build_world(kind)), max_sweeps=1, draft="zeros")
     state = world.reset(VIDEO[:, :2], ACTIONS[:, :1])
     output = world.step(state, ACTIONS[:, 1])[1]
     assert (output.certificate > world.decoding.tolerance).all() and (output.sweeps <= 2).all()

@@ -357,8 +357,9 @@ def test_unknown_names_are_told(tiny_world):
         WorldEnv(sfv_world.World(tiny_world.model)).reset()
 
 
-def test_a_frame_that_did_not_converge_is_never_silent(tiny_world):
-    env = WorldEnv(tiny_world, max_sweeps=1, draft="zeros")
+@pytest.mark.parametrize("kind", ["frame-parallel", "autoregressive"])
+def test_a_frame_that_did_not_converge_is_never_silent(build_world, kind):
+    env = WorldEnv(build_world(kind), max_sweeps=1, draft="zeros")
     env.reset(seed=0)
     with pytest.warns(RuntimeWarning, match=r"certificate: expected at most 0.001, got \d.*before the frame converged"):
         info = env.step(0)[4]

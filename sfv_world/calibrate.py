@@ -1,0 +1,86 @@
+"""`sfv-world calibrate`: which size of block decodes a world fastest on this machine, stored with the world.
+
+Only fixed points have blocks to choose: the raster blocks of a shallow flow and the autoregressive deep flow. Small blocks take
+fewer passes over tokens that are not settled; large ones fewer, larger operations. Which wins depends on the device. Every
+size gives the same frames, to the tolerance (`decoding.solver`).
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from tqdm import tqdm
+
+from sfv_world.checkpoint import replacing
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.world import DECODING, World, calibrated, load_world
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """How to calibrate a world."""
+
+    world: str
+    """A shipped world's name or a folder; its `decoding.json` is written."""
+    steps: int = 20
+    """Steps that are timed for each size."""
+    rows: int = 1
+    """Rows stepped together."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device to calibrate for."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
+
+def block_sizes(world: World) -> list[int | None]:
+    """Sizes worth trying, the whole frame first; nothing else where no fixed point is solved."""
+    flow = world.model.config.flow
+    if flow.bands and flow.kind == "frame-parallel":
+        return [None]
+    sizes = [2**power for power in range(2, 10) if 2**power < flow.tokens]
+    return [None, *reversed(sizes)]
+
+
+def seconds_a_step(world: World, steps: int, rows: int) -> float:
+    """Median time of a step under held random actions, the first ones left out."""
+    world.action_space.seed(0)
+    state, times, warm_up = world.start(np.arange(rows)), [], 2
+    for step in range(warm_up + steps):
+        if step % 4 == 0:
+            actions = [world.action_space.sample() for _ in range(rows)]
+        began = time.perf_counter()
+        state, output = world.step(state, actions)
+        output.frames.cpu()  # waits for the device
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[warm_up:]))
+
+
+def calibrate(config: CalibrateConfig) -> dict[int | None, float]:
+    """Times every block size, stores the fastest with the world and returns the seconds of a step by size."""
+    world = load_world(config.world, config.device)
+    assert world.folder is not None, "a world that was loaded has a folder"
+    base, found = world.decoding, {}
+    bar = tqdm(block_sizes(world), unit="size")
+    for size in bar:
+        world.decoding = replace(base, block=size)
+        found[size] = seconds_a_step(world, config.steps, config.rows)
+        bar.write(f"block {size or 'whole frame'}: {1000 * found[size]:.1f} ms a step")
+    best = min(found, key=lambda size: found[size])
+    store(world.folder, config.device, replace(base, block=best))
+    print(f"{world.folder / DECODING}: {torch.device(config.device).type} decodes with block {best or 'whole frame'}")
+    return found
+
+
+def store(folder: Path, device: str, decoding: DecodingConfig) -> None:
+    """Keeps how to decode on one kind of device, beside what is known of others."""
+    known = {kind: calibrated(folder, kind) for kind in ("cpu", "cuda", "mps")}
+    known[torch.device(device).type] = decoding
+    adapter = TypeAdapter(dict[str, DecodingConfig])
+    with replacing(folder / DECODING) as beside:
+        beside.write_bytes(adapter.dump_json({kind: value for kind, value in known.items() if value}, indent=2))

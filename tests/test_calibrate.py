@@ -1,0 +1,51 @@
+"""Calibration: which sizes there are to choose from, and what is stored with a world."""
+
+import json
+import shutil
+
+import pytest
+
+from sfv_world.calibrate import CalibrateConfig, block_sizes, calibrate, store
+from sfv_world.checkpoint import DECODING
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.world import load_world
+
+
+@pytest.fixture
+def folder(build_world, tmp_path):
+    return shutil.copytree(build_world("autoregressive"), tmp_path / "world")
+
+
+def test_the_fastest_size_is_what_the_world_decodes_with(folder):
+    found = calibrate(CalibrateConfig(str(folder), steps=2, rows=2, device="cpu"))
+    assert found.keys() == {None, 4}  # of six tokens
+    best = min(found, key=found.get)
+    assert load_world(folder).decoding == DecodingConfig(block=best)
+    assert load_world(folder, decoding=DecodingConfig(block=2)).decoding.block == 2
+
+
+def test_each_kind_of_device_has_its_own(folder):
+    store(folder, "cuda:0", DecodingConfig(block=2))
+    store(folder, "cpu", DecodingConfig(block=3))
+    assert {kind: config["block"] for kind, config in json.loads((folder / DECODING).read_text()).items()} == {
+        "cpu": 3,
+        "cuda": 2,
+    }
+    assert load_world(folder).decoding.block == 3
+
+
+def test_nothing_is_chosen_where_nothing_is_solved(build_world):
+    assert block_sizes(load_world(build_world("bands"))) == [None]
+    assert block_sizes(load_world(build_world("frame-parallel"))) == [None, 4]
+
+
+def test_a_damaged_file_is_refused(folder):
+    (folder / DECODING).write_text('{"cpu": {"block": 0}}')
+    with pytest.raises(ValueError, match=r"(?s)decoding.json: expected decoding options.*Run `sfv-world calibrate`"):
+        load_world(folder)
+
+
+@pytest.mark.parametrize("name", ["steps", "rows"])
+def test_counts_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        CalibrateConfig("world", **{name: 0})
