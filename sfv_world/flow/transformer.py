@@ -45,8 +45,11 @@ class TransformerConfig:
 class SlotTransformer(nn.Module):
     """A windowed causal Transformer over frames of slots, with its output projection to (a, b) of the fields.
 
-    It reads tokens of `channels` and predicts fields of `outputs` channels, as many if not said.
+    It reads tokens of `channels` and predicts fields of `outputs` channels, as many if not said. Without a `start` token it
+    reads frames as they are.
     """
+
+    sos_embed: nn.Parameter
 
     def __init__(
         self,
@@ -56,13 +59,14 @@ class SlotTransformer(nn.Module):
         grid: tuple[int, int],
         order: Order,
         outputs: int | None = None,
+        start: bool = True,
         control_width: int | None = None,
         condition_width: int | None = None,
     ):
         super().__init__()
         self.config, self.order, self.grid, self.slots = config, order, grid, grid[0] * grid[1]
         self.rope = Rope(config.head_dim, *grid)
-        self.sos_embed = nn.Parameter(0.02 * torch.randn(1, 1, channels))
+        self.register_parameter("sos_embed", nn.Parameter(0.02 * torch.randn(1, 1, channels)) if start else None)
         self.proj_in = nn.Linear(channels, config.width)
         self.proj_condition = nn.Linear(condition_width, config.width) if condition_width else None
         # Frame order has no start token to count from, so its slots know their absolute place.

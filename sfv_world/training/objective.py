@@ -53,6 +53,8 @@ class ObjectiveConfig:
     """Weight of the termination's cross-entropy."""
     motion_weight: float = 50.0
     """Weight of a patch in what moved just before, per mean square of a pixel's change; see `motion_weights`."""
+    draft_weight: float = 0.02
+    """Weight of the learned draft's error; it moves the draft network alone."""
     first_frame_weight: float = 1.0
     """Weight of the first frame of a clip, which nothing precedes."""
 
@@ -81,12 +83,17 @@ def world_loss(
     reward, termination = (_mean(part, (batch.valid & later).float()) for part in (reward, termination))
     flow = _mean(weighted, weights)
     loss = flow + config.reward_weight * reward + config.termination_weight * termination
+    drafts = {}
+    if reading.draft_error is not None:  # moves the draft network alone
+        drafts["draft_error"] = _mean(reading.draft_error.mean(-1), weights[:, 1:])
+        loss = loss + config.draft_weight * drafts["draft_error"]
     metrics = {
         "flow_loss": flow,
         "nats_per_dim": _mean(nats, weights),
         "next_frame_bits_per_dim": _mean(nats, weights * later) / math.log(2),
         "reward_loss": reward,
         "termination_loss": termination,
+        **drafts,
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
 

@@ -1,0 +1,81 @@
+"""The benchmark commands, run for real at a tiny size: they print tables and leave JSON of the machine and the commit."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from sfv_world.data.collect import CollectConfig, collect
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "doom"
+    return collect(CollectConfig(env="doom-basic", out=out, frames=200, size=16))
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, capsys):
+    """Runs a benchmark as `python benchmarks/NAME.py` does, in this process; gives its output and its tables."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        script = BENCHMARKS / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments), "--threads", "1", "--out", "found.json"])
+        runpy.run_path(str(script), run_name="__main__")
+        found = json.loads(Path("found.json").read_text())
+        assert found["commit"] and found["machine"] and found["threads"] == 1 and "torch" in found["versions"]
+        assert found["command"].startswith(f"python benchmarks/{name}.py")
+        return capsys.readouterr().out, found["tables"]
+
+    return run
+
+
+def test_speed(benchmark, tiny_folder):
+    out, tables = benchmark(
+        "speed", "--world", tiny_folder, "--batches", 1, 2, "--steps", 3, "--horizon", 12, "--seconds", 1
+    )
+    assert [row["batch"] for row in tables["batch"]["rows"]] == [1, 2]
+    assert tables["batch"]["rows"][0]["goal"] == 60 and tables["latency"]["rows"][0]["p50_ms"] > 0
+    assert sum(row["share"] for row in tables["share"]["rows"]) == pytest.approx(1)
+    assert all(row["ms_a_step"] > 0 for row in tables["share"]["rows"])
+    assert tables["bounds"]["rows"][0]["gflop_a_frame"] > 0
+    assert len({row["cache_bytes"] for row in tables["horizon"]["rows"]}) == 1
+    assert tables["horizon"]["rows"][-1]["step"] == 12
+    assert {row["verdict"] for row in tables["goals"]["rows"]} <= {"reached", "missed"}
+    assert "| goal | found | verdict | what bounds it |" in out
+
+
+def test_decoding(benchmark, recording):
+    kinds = ("--grids", 2, "--kinds", "autoregressive", "frame-parallel")
+    sizes = ("--train-steps", 2, "--frames", 2, "--held-out", 0.4)
+    out, tables = benchmark("decoding", "--data", recording, *kinds, *sizes)
+    rows = {row["decoding"]: row for row in tables["autoregressive-4"]["rows"]}
+    assert rows["sequential"]["deep_passes"] == 4 and rows["sequential"]["distance_to_sequential"] == 0
+    assert all(row["distance_to_sequential"] < 1e-2 and row["largest_certificate"] < 1e-3 for row in rows.values())
+    assert tables["autoregressive-4"]["trained_steps"] == 2 and "trained 2 steps on 16 frames" in out
+    assert tables["frame-parallel-4"]["rows"][0]["deep_passes"] == 1
+
+
+def test_decoding_says_what_a_grid_must_be(benchmark, recording, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("decoding", "--data", recording, "--grids", 5)
+    assert "grids: expected divisors" in capsys.readouterr().err
+
+
+def test_learning(benchmark, recording):
+    training = ("--minutes", 0.005, "--preset", "tiny", "--window", 3, "--clip", 4, "--held-out", 0.4)
+    measuring = ("--clips", 2, "--rollouts", 1, "--frames", 30, "--batches", 1, 2, "--steps", 3)
+    arguments = ("--data", recording, "--device", "cpu", *training, *measuring)
+    _, tables = benchmark("learning", *arguments)
+    rows = tables["learning"]["rows"]
+    assert [row["world"] for row in rows] == ["frame-parallel", "autoregressive"]
+    assert all(row["training_frames_per_second"] > 0 and row["ms_a_frame_at_batch_2"] > 0 for row in rows)
+    steps = [row["steps"] for row in rows]
+    _, tables = benchmark("learning", *arguments, "--resume", "--kinds", "autoregressive")
+    assert [row["steps"] for row in tables["learning"]["rows"]] == steps[1:]
