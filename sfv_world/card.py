@@ -60,6 +60,14 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     recipe, flow = data.get("recipe", {}), world.model.config.flow
     size = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
     frames = run["batch"] * run["clip"] * world.about["steps"]
+    shallow = f"{len(flow.bands)} bands, coarse to fine," if flow.bands else f"{flow.shallow_blocks} raster blocks"
+    before = world.about.get("before")
+    start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
+    options = "".join(
+        f" --{name} {run[name.replace('-', '_')]}"
+        for name in ("init", "learning-rate")
+        if run.get(name.replace("-", "_"))
+    )
     return f"""# {world.name}
 
 A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{world.name}")`.
@@ -68,10 +76,10 @@ A learned world: a causal normalizing flow over video, with exact likelihoods. `
 
 - **Data**: `{data.get("dataset_id", run["data"])}`, recorded with `{json.dumps(recipe)}`; {run["held_out"]:.0%} of the episodes held out.
 - **Model**: {size:.1f} M parameters, {flow.kind}; deep flow {flow.deep.depth} x {flow.deep.width} over {flow.deep.window} frames, \
-{flow.shallow_blocks} shallow blocks of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
+shallow flow of {shallow} of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
 - **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
-minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on pixels in [-1, 1].
-- **Command**: `sfv-world train --data {run["data"]} --out {run["out"]} --minutes {run["minutes"]} --threads {run["threads"]}`
+minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on pixels in [-1, 1].{start}
+- **Command**: `sfv-world train --data {run["data"]} --out {run["out"]} --minutes {run["minutes"]} --threads {run["threads"]}{options}`
 - **The density** is over noised frames: log p(dequantised frame + {run["noise"]} x normal noise | frames before it, actions).
 
 ## Results

@@ -127,8 +127,10 @@ class Trainer:
         self.model = WorldModel(shape, episodes.action_space).to(config.device)
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
         self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
+        self.before: dict[str, float] | None = None
         if config.init:
-            before, _ = load_model(config.init, config.device)
+            before, about = load_model(config.init, config.device)
+            self.before = {name: about.get(name, 0) for name in ("steps", "minutes")}
             weights, theirs = before.state_dict(), before.config
             if theirs.flow.bands != shape.flow.bands:  # another kind of shallow flow begins anew
                 weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
@@ -211,6 +213,7 @@ class Trainer:
             "data": self.train.metadata,
             "steps": self.step,
             "minutes": round(self.elapsed / 60, 1),
+            "before": self.before,
             "held_out": {name: round(value, 4) for name, value in validation.items()},
         }
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
