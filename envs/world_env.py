@@ -50,6 +50,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     - `bits_per_dim`: the same in bits per colour value, negated
     - `sweeps`: passes of the deep flow that decoding took
     - `certificate`: max|z' - z| between the frame's exact noise and the noise asked for
+    - `guided`: whether `guidance` moved the frame, whose likelihood is that of the unguided model all the same
     - `termination_probability`: of ending with this frame
 
     An episode is a function of its seed, its observed frames and its actions.
@@ -58,7 +59,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
         render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step.
-        decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature) to set.
+        decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance) to set.
 
     Raises:
         ValueError: if there is no such world or an argument is out of range.
@@ -240,6 +241,7 @@ def step_info(output: WorldOutput) -> dict[str, Tensor]:
         "bits_per_dim": output.bits_per_dim.double(),
         "sweeps": output.sweeps,
         "certificate": output.certificate.double(),
+        "guided": output.guided,
         "termination_probability": output.termination_probability.double(),
     }
 

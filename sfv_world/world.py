@@ -20,7 +20,7 @@ from torch import Tensor
 from sfv_world.checkpoint import DECODING, STARTS, load_model, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
-from sfv_world.decoding.frames import FrameReport, check_draft, imagine_frame, read_frame, read_video
+from sfv_world.decoding.frames import FrameReport, check_decoding, imagine_frame, read_frame, read_video
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.heads import Outcome
 from sfv_world.model import WorldModel
@@ -50,6 +50,8 @@ class WorldOutput(NamedTuple):
     """Passes of the shallow blocks, all together."""
     certificate: Float[Tensor, "b"]
     """max|z' - z| between the frame's exact noise and the noise asked for."""
+    guided: Bool[Tensor, "b"]
+    """Whether guidance moved the frame: it is then no draw from the density that scores it."""
     noise: Float[Tensor, "b l c"]
     """The frame's exact noise."""
 
@@ -172,15 +174,16 @@ class World:
         Raises:
             ValueError: if the state was used up or the actions are not of the space.
         """
-        check_draft(self.model.flow, self.decoding)
+        check_decoding(self.model.flow, self.decoding)
         controls = self._controls(state, actions)
         shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
         noise = [self._rng(state, row).standard_normal(shape, dtype=np.float32) for row in range(len(state))]
+        unguided = self._controls(state, None) if self.decoding.guidance else None
         z = self.decoding.temperature * torch.from_numpy(np.stack(noise)).to(self.device)
         state.spent = True
-        report = imagine_frame(self.model.flow, state.stream, z, controls, self.decoding)
+        report = imagine_frame(self.model.flow, state.stream, z, controls, self.decoding, unguided)
         frames = self.model.codec.frames(self.model.codec.decode(state.stream.tokens))
-        return self._next(state, report, frames)
+        return self._next(state, report, frames, guided=unguided is not None)
 
     @torch.no_grad()
     def observe(self, state: WorldState, actions: Any, frames: Any) -> tuple[WorldState, WorldOutput]:
@@ -229,21 +232,25 @@ class World:
         stream, _ = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
         return WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
 
-    def _next(self, state: WorldState, report: FrameReport, frames: Tensor) -> tuple[WorldState, WorldOutput]:
+    def _next(
+        self, state: WorldState, report: FrameReport, frames: Tensor, guided: bool = False
+    ) -> tuple[WorldState, WorldOutput]:
         log_likelihood = report.log_prob.sum(-1) + self.model.codec.log_det
         outcome: Outcome = self.model.heads(report.features)
         probability = outcome.termination_probability
         draws = [self._rng(state, row, 1).random(dtype=np.float32) for row in range(len(state))]
+        terminated = torch.tensor(np.stack(draws), device=self.device) < probability
         output = WorldOutput(
             frames=frames,
             log_likelihood=log_likelihood,
             bits_per_dim=self._bits(log_likelihood),
             rewards=self.model.heads.rewards(outcome),
             termination_probability=probability,
-            terminated=torch.tensor(np.stack(draws), device=self.device) < probability,
+            terminated=terminated,
             sweeps=report.sweeps,
             shallow_sweeps=report.shallow_sweeps,
             certificate=report.certificate,
+            guided=torch.full_like(terminated, guided),
             noise=report.noise,
         )
         return WorldState(state.stream, frames, state.seeds, state.ages + 1), output

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfv_world import World, load_world
 from sfv_world.checkpoint import CONFIG, MODEL, STARTS, load_tensors, save_model, save_tensors
+from sfv_world.decoding.frames import read_frame
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.world import WorldOutput, WorldState
 
@@ -387,3 +388,39 @@ def test_a_state_is_saved_to_a_file_and_goes_on_bit_for_bit(tiny_world: World, b
     other = load_world(build_world(seed=9))
     with pytest.raises(ValueError, match=r"expected a state of the world.*Load it into the world it was saved from"):
         other.load_state(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["frame-parallel", "bands"])
+def test_guidance_moves_a_frame_away_from_what_needs_no_action(build_world, kind):
+    """By the formula of guided normals; the likelihood, and what follows, stay those of the unguided model."""
+    plain, guided = (decoding(load_world(build_world(kind)), guidance=weight) for weight in (0.0, 2.0))
+    state = plain.reset(VIDEO[:, :2], ACTIONS[:, :1])
+    ours, theirs = plain.step(state[:], ACTIONS[:, 1])[1], plain.step(state[:], None)[1]
+    after, output = guided.step(state[:], ACTIONS[:, 1])
+    assert output.guided.all() and not ours.guided.any() and (output.sweeps == 2).all()
+    assert (output.certificate < 1e-3).all()
+    assert (output.noise - ours.noise).abs().amax() > 0.01
+    # The frame is less likely without its action, as far as it was moved: its own ratio of densities grows.
+    tokens = after.stream.tokens
+    with_action, without = (
+        read_frame(plain.model.flow, state[:].stream, tokens, controls).log_prob.sum(-1)
+        for controls in (plain._controls(state, ACTIONS[:, 1]), plain._controls(state, None))
+    )
+    assert torch.allclose(with_action + plain.model.codec.log_det, output.log_likelihood, rtol=1e-4, atol=0.5)
+    unmoved = plain.step(state[:], ACTIONS[:, 1])[0].stream.tokens
+    before = [
+        read_frame(plain.model.flow, state[:].stream, unmoved, controls).log_prob.sum(-1)
+        for controls in (plain._controls(state, ACTIONS[:, 1]), plain._controls(state, None))
+    ]
+    assert ((with_action - without) > (before[0] - before[1])).float().mean() > 0.5
+    assert not torch.equal(theirs.frames, ours.frames)
+
+
+def test_what_a_world_cannot_do_is_told_before_a_step(build_world):
+    world = decoding(load_world(build_world("autoregressive")), guidance=1.0)
+    state = world.reset(VIDEO[:, :2], ACTIONS[:, :1])
+    with pytest.raises(ValueError, match=r"guidance: expected 0 for an autoregressive deep flow, got 1.0"):
+        world.step(state, ACTIONS[:, 1])
+    assert not state.spent
+    with pytest.raises(ValueError, match=r"guidance: expected at least 0, got -1"):
+        decoding(world, guidance=-1.0)

@@ -23,7 +23,7 @@ from sfv_world.envs.world_env import WorldEnv
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), np.uint8)
 OBSERVED = {"frames": FRAMES, "actions": [0, 2, 1, 0]}
-INFO = {"log_likelihood", "bits_per_dim", "sweeps", "certificate", "termination_probability"}
+INFO = {"log_likelihood", "bits_per_dim", "sweeps", "certificate", "guided", "termination_probability"}
 
 ONE_KIND = pytest.mark.parametrize("tiny_folder", ["frame-parallel"], indirect=True, ids=[""])
 """For what does not depend on the kind of deep flow."""
@@ -149,7 +149,7 @@ def test_it_shows_what_the_world_imagines(env, tiny_world):
         assert type(terminated) is bool and terminated == output.terminated.item()
         assert truncated is False
         assert info == {name: getattr(output, name).item() for name in INFO}
-        assert {type(value) for value in info.values()} == {float, int} and type(info["sweeps"]) is int
+        assert {type(value) for value in info.values()} == {float, int, bool} and type(info["sweeps"]) is int
 
 
 def test_it_begins_at_start_frames_of_the_world(env, tiny_world):

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfv_world.decoding.solver import DecodingConfig, Draft, draft_tokens, solve
-from sfv_world.flow.affine import Fields, standard_normal_log_prob
+from sfv_world.flow.affine import Fields, guide, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.model import Encoding, VideoFlow
 from sfv_world.flow.shallow import BandFlow, RasterFlow, Stage
@@ -126,16 +126,27 @@ def imagine_frame(
     noise: Float[Tensor, "b l c"],
     controls: Float[Tensor, "b k d"] | None,
     config: DecodingConfig,
+    unguided: Float[Tensor, "b k d"] | None = None,
 ) -> FrameReport:
     """Decodes the next frame of a stream from its noise and advances `state` in place, whose `tokens` it then is.
 
-    The report is that of the frame itself: a last pass reads the decoded tokens, so log-likelihood and certificate are
-    those of what is returned, whatever the solver left open.
+    The report is that of the frame itself: log-likelihood and noise are those of what is returned under the unguided
+    model, whatever the solver left open and whatever guidance did; the certificate compares with what was asked for.
+
+    Args:
+        flow: the flow.
+        state: the stream; used up and moved on.
+        noise: of the frame.
+        controls: control tokens of what leads to it.
+        config: how to decode.
+        unguided: control tokens to guide away from, where `config.guidance` is not 0.
     """
-    check_draft(flow, config)
+    check_decoding(flow, config)
     if flow.config.kind == "frame-parallel":
-        features, fields = _predict(flow, state, controls)
-        latents, sweeps = fields.denormalise(noise), torch.ones(len(noise), dtype=torch.long, device=noise.device)
+        without = _predict(flow, state, unguided)[1] if config.guidance else None
+        features, fields = _predict(flow, state, controls)  # the last pass: the cache keeps its keys and values
+        drawn = fields if without is None else guide(fields, without, config.guidance)
+        latents, sweeps = drawn.denormalise(noise), torch.full_like(noise[:, 0, 0], 2 if config.guidance else 1).long()
         condition = features
     else:
         solution = solve(
@@ -153,6 +164,7 @@ def imagine_frame(
         )
         latents, sweeps, features = solution.tokens, solution.sweeps, solution.features
         fields, condition = flow.deep.fields(features), None
+        drawn = fields
 
     previous, draft = state.shallow, config.draft
     loose = SHALLOW_SHARE * config.tolerance
@@ -168,9 +180,9 @@ def imagine_frame(
         if condition is None and config.max_sweeps is not None:
             # Shallow blocks that stopped short leave other latents than those solved for, and those are the frame's.
             features, fields = _read_latents(flow, state, found, controls)
-            sweeps = sweeps + 1
+            drawn, sweeps = fields, sweeps + 1
         exact, deep_log_det = fields.normalise(found)
-        certificate = (exact - noise).abs().amax(dim=(1, 2))
+        certificate = (drawn.normalise(found)[0] - noise).abs().amax(dim=(1, 2))
         missed = ~(certificate <= config.tolerance)
         shallow_sweeps += taken + len(shallow)
         settled = isinstance(flow.shallow, BandFlow) or config.block == 1 or config.max_sweeps is not None
@@ -184,8 +196,10 @@ def imagine_frame(
     return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps, certificate)
 
 
-def check_draft(flow: VideoFlow, config: DecodingConfig) -> None:
-    """Raises a ValueError if a learned draft is asked for where none was learned."""
+def check_decoding(flow: VideoFlow, config: DecodingConfig) -> None:
+    """Raises a ValueError if the flow has not what is asked for."""
+    if config.guidance and flow.config.kind != "frame-parallel":
+        raise ValueError(f"guidance: expected 0 for an autoregressive deep flow, got {config.guidance}.")
     if config.draft == "learned" and flow.drafter is None:
         raise ValueError(
             "draft: expected 'fields', 'tokens', 'noise' or 'zeros' for a flow without a draft network, got 'learned'. "

@@ -37,6 +37,9 @@ class DecodingConfig:
     guess of the autoregressive deep flow's latents (shallow blocks then start from fields)."""
     temperature: float = 1.0
     """Standard deviation of the noise; 1 samples the model's distribution."""
+    guidance: float = 0.0
+    """Weight w of guidance on the action: p(frame | action)^(1+w) / p(frame | no action)^w, channel by channel; 0 samples the
+    model's distribution. Likelihoods stay those of the unguided model."""
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
@@ -49,6 +52,8 @@ class DecodingConfig:
             raise ValueError(f"draft: expected one of {get_args(Draft)}, got {self.draft!r}.")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}.")
+        if not self.guidance >= 0:
+            raise ValueError(f"guidance: expected at least 0, got {self.guidance}.")
 
 
 class Solution(NamedTuple):

@@ -43,6 +43,17 @@ class Fields(NamedTuple):
         return self.mu + self.sigma * z
 
 
+def guide(conditional: Fields, unconditional: Fields, weight: float) -> Fields:
+    """Fields moved away from the unconditional ones: the product p_c^(1+w) / p_u^w of two normals, kept proper.
+
+    With s = min(sigma_c / sigma_u, 1)^2 and d = 1 + w - w s: sigma = sigma_c / sqrt(d), mu = ((1 + w) mu_c - w s mu_u) / d.
+    """
+    share = (conditional.sigma / unconditional.sigma).clamp(max=1).square()
+    precision = 1 + weight - weight * share
+    mu = ((1 + weight) * conditional.mu - weight * share * unconditional.mu) / precision
+    return Fields(mu, conditional.sigma / precision.sqrt())
+
+
 def standard_normal_log_prob(z: Float[Tensor, "*b l c"]) -> Float[Tensor, "*b l"]:
     """Log-density of every token under N(0, I), in nats, with its constant."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1)

@@ -12,20 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.flow.affine import Fields
+from sfv_world.flow.affine import Fields, guide
 from sfv_world.released.cache import SequenceCache
 from sfv_world.released.model import FlowBlock
-
-
-def guide(conditional: Fields, unconditional: Fields, weight: float) -> Fields:
-    """Fields moved away from the unconditional ones: the product p_c^(1+w) / p_u^w of two normals, kept proper.
-
-    With s = min(sigma_c / sigma_u, 1)^2 and d = 1 + w - w s: sigma = sigma_c / sqrt(d), mu = ((1 + w) mu_c - w s mu_u) / d.
-    """
-    share = (conditional.sigma / unconditional.sigma).clamp(max=1).square()
-    precision = 1 + weight - weight * share
-    mu = ((1 + weight) * conditional.mu - weight * share * unconditional.mu) / precision
-    return Fields(mu, conditional.sigma / precision.sqrt())
 
 
 class BlockStream:
