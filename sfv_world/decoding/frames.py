@@ -53,7 +53,7 @@ class StreamState:
     def put(self, rows: Int[Tensor, "n"], other: "StreamState") -> None:
         """Replaces the given rows by those of `other`, a state of the same clock."""
         self.cache.put(rows, other.cache)
-        self.tokens[rows] = other.tokens
+        self.tokens = self.tokens.index_put((rows,), other.tokens)  # a new one: whoever gave it may read it still
         for mine, theirs in zip([self.deep, *self.shallow], [other.deep, *other.shallow], strict=True):
             for old, new in zip((mine.tokens, *mine.fields), (theirs.tokens, *theirs.fields), strict=True):
                 old[rows] = new
