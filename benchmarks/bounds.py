@@ -2,7 +2,7 @@
 
 A step's arithmetic takes at least its operations over the machine's matrix multiplication rate; its memory traffic, if
 nothing stays in a cache, its bytes over the copy rate; starting its operations, their number times what the smallest one
-takes. The largest of the three names the resource that has to be saved first.
+takes. What is left of the measured time is lost between: by operations too small to reach those rates, and by Python.
 """
 
 import time
@@ -158,8 +158,11 @@ def share_of_steps(world: World, rows: int, steps: int, output: str) -> Rows:
     ]
 
 
-def bounds_of_steps(world: World, rows: int, steps: int, rates: Rates) -> dict[str, Any]:
-    """What a batch's step asks of the machine, on average over some steps, and how long that takes at its rates."""
+def bounds_of_steps(world: World, rows: int, steps: int, rates: Rates, measured: float) -> dict[str, Any]:
+    """What a batch's step asks of the machine, and what of its `measured` ms that would take at the machine's rates.
+
+    The rest is what small operations lose against large ones, and Python between them.
+    """
     state = world.start(list(range(rows)))
 
     def several() -> None:
@@ -173,13 +176,15 @@ def bounds_of_steps(world: World, rows: int, steps: int, rates: Rates) -> dict[s
         "memory": 1000 * work.bytes / rates.bytes / steps,
         "starting operations": 1000 * work.calls * rates.start / steps,
     }
+    parts = {**needs, "small operations and Python": max(0.0, measured - sum(needs.values()))}
     return {
         "batch": rows,
         "gflop_a_frame": work.flops / steps / rows / 1e9,
         "mb_a_frame": work.bytes / steps / rows / 1e6,
-        "operations_a_step": work.calls / steps,
-        **{f"ms_of_{name.replace(' ', '_')}": ms for name, ms in needs.items()},
-        "most": max(needs, key=lambda name: needs[name]),
+        "operations_a_step": round(work.calls / steps),
+        "ms_a_step": measured,
+        **parts,
+        "most": max(parts, key=lambda name: parts[name]),
     }
 
 

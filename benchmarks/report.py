@@ -85,7 +85,7 @@ def synchronise(device: torch.device) -> None:
 
 def command(main: Callable[[Any], Any], config: type, description: str | None) -> None:
     """Runs a benchmark as a command; a user's mistake is one line on standard error and exit status 2."""
-    options = tyro.cli(config, description=description)
+    options: Any = tyro.cli(config, description=description)
     try:
         main(options)
     except (ValueError, FloatingPointError, OSError) as error:

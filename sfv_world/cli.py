@@ -1,4 +1,4 @@
-"""The command line: `sfv-world collect | train | evaluate | demo | convert | info | generate`.
+"""The command line: `sfv-world collect | train | evaluate | counterfactual | horizon | demo | convert | info | generate`.
 
 Options come from each command's config dataclass.
 """
@@ -11,10 +11,12 @@ import tyro
 
 import sfv_world.envs  # noqa: F401  (registers the environment ids)
 from sfv_world.calibrate import CalibrateConfig, calibrate
+from sfv_world.counterfactual import CounterfactualConfig, counterfactual
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig, evaluate
 from sfv_world.generate import GenerateConfig, generate
+from sfv_world.horizon import HorizonConfig, horizon
 from sfv_world.released.convert import ConvertConfig, convert
 from sfv_world.released.plan import InfoConfig, info
 from sfv_world.training.trainer import TrainConfig, train
@@ -23,6 +25,8 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     CollectConfig: collect,
     TrainConfig: train,
     EvaluateConfig: evaluate,
+    CounterfactualConfig: counterfactual,
+    HorizonConfig: horizon,
     DemoConfig: demo,
     CalibrateConfig: calibrate,
     ConvertConfig: convert,
@@ -35,6 +39,16 @@ Command = (
     ]
     | Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train a world on a recording.")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Measure a world on held-out episodes.")]
+    | Annotated[
+        CounterfactualConfig,
+        tyro.conf.subcommand(
+            "counterfactual", description="Show what another action would have made of a real episode."
+        ),
+    ]
+    | Annotated[
+        HorizonConfig,
+        tyro.conf.subcommand("horizon", description="Measure how frames drift far beyond the training window."),
+    ]
     | Annotated[DemoConfig, tyro.conf.subcommand("demo", description="Step a world beside the real game.")]
     | Annotated[
         CalibrateConfig,

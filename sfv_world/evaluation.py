@@ -82,14 +82,15 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
 
     def differences(episodes: Episodes, count: int) -> torch.Tensor:
         clips = long_clips(episodes, count, 2, seed)
-        tokens = model.codec.encode(model.codec.pixels(torch.from_numpy(clips.frames)))
+        tokens = model.codec.encode(model.codec.pixels(torch.from_numpy(clips.frames).to(world.device)))
         return tokens[:, 1] - tokens[:, 0]
 
     fit = differences(train, 4000).flatten(0, 1)
-    fields = Fields(fit.mean(0), (fit.var(0) + (noise / model.codec.scale) ** 2).sqrt())
     found = differences(held_out, frames)
-    found = found + noise / model.codec.scale * torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
-    z, log_det = fields.normalise(found)
+    normal = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(world.device)
+    sigma = (fit.var(0) + (noise / model.codec.scale) ** 2).sqrt()
+    fields = Fields(fit.mean(0).expand_as(found), sigma.expand_as(found))
+    z, log_det = fields.normalise(found + noise / model.codec.scale * normal)
     copy = (standard_normal_log_prob(z) + log_det).sum(-1) + model.codec.log_det
 
     clips = long_clips(held_out, math.ceil(frames / (length - 1)), length, seed)

@@ -116,7 +116,7 @@ def model_config(
     in raster order if there are none (the default of the autoregressive kind). Size 4 has about 4 million parameters, size 8
     about 30 million.
     """
-    bands = (6 if kind == "frame-parallel" else 0) if bands is None else bands
+    bands = (min(6, patch**2) if kind == "frame-parallel" else 0) if bands is None else bands
     codec = PixelCodecConfig(height, width, patch)
     deep = TransformerConfig(width=48 * size, depth=size, head_dim=48, window=window)
     shallow = TransformerConfig(width=48 * max(1, size // 2), depth=2 if kind == "frame-parallel" else 1, head_dim=48)

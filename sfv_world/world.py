@@ -70,6 +70,21 @@ class Score(NamedTuple):
     termination_probability: Float[Tensor, "b t"]
 
 
+class Abduction(NamedTuple):
+    """What real trajectories are made of, to a world: where they begin and the exact noise of every frame after that."""
+
+    state: WorldState
+    """After the context frames; step from a copy (`state[:]`)."""
+    noise: Float[Tensor, "b t l c"]
+    """Exact noise of every frame after the context."""
+    frames: UInt8[Tensor, "b t h w 3"]
+    """Those frames as the world sees them, noised: what `step` shows when it decodes their noise."""
+    log_likelihood: Float[Tensor, "b t"]
+    """Theirs, as in `WorldOutput`."""
+    world: int
+    """Checksum of the world: to another one the noise means other frames."""
+
+
 class World:
     """A learned world: a model, how to decode it and frames to start from."""
 
@@ -133,7 +148,9 @@ class World:
         return WorldState.of(tensors, int(metadata["clock"]))
 
     @torch.no_grad()
-    def reset(self, frames: Any, actions: Any = None, seeds: Any = None, clock: int | None = None) -> WorldState:
+    def reset(
+        self, frames: Any, actions: Any = None, seeds: Any = None, clock: int | None = None, *, noised: bool = False
+    ) -> WorldState:
         """Reads K observed frames of every row.
 
         Args:
@@ -141,6 +158,7 @@ class World:
             actions: the B x K-1 actions between them; unknown if not given.
             seeds: an integer per row; 0, 1, 2, ... if not given.
             clock: that of a state which the rows shall join (see `WorldState.put`).
+            noised: whether the frames are imagined ones, which carry the world's noise already: none is added to them.
 
         Raises:
             ValueError: if shapes, types or values are not what the world expects.
@@ -148,7 +166,7 @@ class World:
         frames = self._frames(frames, 5)
         rows, count = frames.shape[:2]
         vectors, known = self._past_actions(actions, rows, count)
-        return self._reset(frames, vectors, known, self._seeds(seeds, rows), clock)
+        return self._reset(frames, vectors, known, self._seeds(seeds, rows), clock, noised)
 
     @torch.no_grad()
     def start(self, seeds: Any, clock: int | None = None) -> WorldState:
@@ -164,22 +182,21 @@ class World:
         return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds, clock)
 
     @torch.no_grad()
-    def step(self, state: WorldState, actions: Any) -> tuple[WorldState, WorldOutput]:
+    def step(self, state: WorldState, actions: Any, noise: Any = None) -> tuple[WorldState, WorldOutput]:
         """Imagines the next frame of every row.
 
         Args:
             state: where the rows stand; used up.
             actions: an action per row; None where the model shall not know of one.
+            noise: (B, L, C) float32 to decode as it is, whatever the temperature; the rows' own draw if not given.
 
         Raises:
-            ValueError: if the state was used up or the actions are not of the space.
+            ValueError: if the state was used up, the actions are not of the space or the noise is not of the world.
         """
         check_decoding(self.model.flow, self.decoding)
         controls = self._controls(state, actions)
-        shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
-        noise = [self._rng(state, row).standard_normal(shape, dtype=np.float32) for row in range(len(state))]
         unguided = self._controls(state, None) if self.decoding.guidance else None
-        z = self.decoding.temperature * torch.from_numpy(np.stack(noise)).to(self.device)
+        z = self._drawn_noise(state) if noise is None else self._given_noise(noise, len(state))
         state.spent = True
         report = imagine_frame(self.model.flow, state.stream, z, controls, self.decoding, unguided)
         frames = self.model.codec.frames(self.model.codec.decode(state.stream.tokens))
@@ -192,9 +209,41 @@ class World:
         frames = self._frames(frames, 4)
         if len(frames) != len(state):
             raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
-        tokens = self._noised(frames[:, None], state.seeds, state.ages)[:, 0]
-        state.spent = True
-        return self._next(state, read_frame(self.model.flow, state.stream, tokens, controls), frames)
+        return self._observe(state, controls, frames)
+
+    @torch.no_grad()
+    def abduct(self, frames: Any, actions: Any = None, seeds: Any = None, context: int = 1) -> Abduction:
+        """Finds the noise that real trajectories are made of: what would have happened, had one acted otherwise?
+
+        Stepping from its `state` with its `noise` and the same actions decodes the same frames, noised as the seeds say, up to
+        the solver's tolerance; with other actions, it decodes what the same chance would have made of them (abduction, action,
+        prediction: Pearl, Causality, 2nd ed., section 7.1).
+
+        Args:
+            frames: (B, T, H, W, 3) uint8.
+            actions: the B x T-1 actions between them; unknown if not given.
+            seeds: an integer per row, they decide the noise added to the frames; 0, 1, 2, ... if not given.
+            context: number of frames that are read first, K >= 1; the noise is that of the other T - K.
+
+        Raises:
+            ValueError: if shapes, types or values are not what the world expects, or nothing is left after the context.
+        """
+        frames = self._frames(frames, 5)
+        rows, count = frames.shape[:2]
+        if not 1 <= context < count:
+            raise ValueError(
+                f"context: expected 1 to {count - 1} of the {count} frames, got {context}. Give more frames, or read fewer first."
+            )
+        vectors, known = self._past_actions(actions, rows, count)
+        state = self._reset(frames[:, :context], vectors[:, :context], known[:, :context], self._seeds(seeds, rows))
+        start, seen, outputs = state[:], [], []
+        for n in range(context, count):
+            state, output = self._observe(state, self.model.controls(vectors[:, n], known[:, n]), frames[:, n])
+            outputs.append(output)
+            seen.append(self.model.codec.frames(self.model.codec.decode(state.stream.tokens)))
+        noise = torch.stack([output.noise for output in outputs], dim=1)
+        log_likelihood = torch.stack([output.log_likelihood for output in outputs], dim=1)
+        return Abduction(start, noise, torch.stack(seen, dim=1), log_likelihood, self.checksum)
 
     @torch.no_grad()
     def at_clock(self, state: WorldState, clock: int) -> WorldState:
@@ -226,11 +275,22 @@ class World:
         )
 
     def _reset(
-        self, frames: Tensor, vectors: Tensor, known: Tensor, seeds: np.ndarray, clock: int | None
+        self,
+        frames: Tensor,
+        vectors: Tensor,
+        known: Tensor,
+        seeds: np.ndarray,
+        clock: int | None = None,
+        noised: bool = False,
     ) -> WorldState:
-        tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64))
+        tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64), 0.0 if noised else 1.0)
         stream, _ = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
         return WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
+
+    def _observe(self, state: WorldState, controls: Tensor, frames: Tensor) -> tuple[WorldState, WorldOutput]:
+        tokens = self._noised(frames[:, None], state.seeds, state.ages)[:, 0]
+        state.spent = True
+        return self._next(state, read_frame(self.model.flow, state.stream, tokens, controls), frames)
 
     def _next(
         self, state: WorldState, report: FrameReport, frames: Tensor, guided: bool = False
@@ -261,14 +321,32 @@ class World:
     def _rng(self, state: WorldState, row: int, purpose: int = 0) -> np.random.Generator:
         return _generator(state.seeds[row], state.ages[row], purpose)
 
-    def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray) -> Tensor:
-        """Tokens of frames (b, t, h, w, 3), the first of each row having the number `ages`."""
+    def _drawn_noise(self, state: WorldState) -> Tensor:
+        shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
+        noise = [self._rng(state, row).standard_normal(shape, dtype=np.float32) for row in range(len(state))]
+        return self.decoding.temperature * torch.from_numpy(np.stack(noise)).to(self.device)
+
+    def _given_noise(self, noise: Any, rows: int) -> Tensor:
+        copy = noise.detach().clone() if isinstance(noise, Tensor) else np.array(noise)
+        shape = (rows, self.model.config.flow.tokens, self.model.config.flow.channels)
+        remedy = "Give what abduct or WorldOutput.noise says of this world, frame by frame."
+        if copy.dtype not in (torch.float32, np.dtype(np.float32)):
+            raise ValueError(f"noise: expected {shape} float32, got {copy.dtype}. {remedy}")
+        if tuple(copy.shape) != shape:
+            raise ValueError(f"noise: expected {shape} float32, got shape {tuple(copy.shape)}. {remedy}")
+        z = torch.as_tensor(copy, device=self.device)
+        if not z.isfinite().all():
+            raise ValueError(f"noise: expected finite numbers, got NaN or infinity. {remedy}")
+        return z
+
+    def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray, scale: float = 1.0) -> Tensor:
+        """Tokens of frames (b, t, h, w, 3) with `scale` times the noise, the first of each row having the number `ages`."""
         uniform, normal = np.empty(frames.shape, np.float32), np.empty(frames.shape, np.float32)
         for row, frame in np.ndindex(*frames.shape[:2]):
             rng = _generator(seeds[row], ages[row] + frame, 0)
             rng.standard_normal(dtype=np.float32, out=normal[row, frame])
             rng.random(dtype=np.float32, out=uniform[row, frame])
-        arrays = (torch.from_numpy(array).to(self.device) for array in (uniform, normal))
+        arrays = (torch.from_numpy(array).to(self.device) for array in (uniform, scale * normal))
         return self.model.noised_tokens(frames, *arrays)
 
     def _controls(self, state: WorldState, actions: Any) -> Tensor:

@@ -41,9 +41,10 @@ def tables(name):
     return found["tables"]
 
 
-def test_speed(benchmark, tiny_folder):
+@pytest.mark.parametrize("kind", ["autoregressive", "bands"])
+def test_speed(benchmark, build_world, kind):
     out, found = benchmark(
-        "speed", "--world", tiny_folder, "--batches", 1, 2, "--steps", 3, "--horizon", 12, "--seconds", 1
+        "speed", "--world", build_world(kind), "--batches", 1, 2, "--steps", 3, "--horizon", 12, "--seconds", 1
     )
     assert [row["batch"] for row in found["batch"]["rows"]] == [1, 2]
     assert found["batch"]["rows"][0]["goal"] == 60 and found["latency"]["rows"][0]["p50_ms"] > 0
@@ -58,7 +59,7 @@ def test_speed(benchmark, tiny_folder):
 
 def test_decoding(benchmark, recording):
     kinds = ("--grids", 2, "--kinds", "autoregressive", "frame-parallel")
-    sizes = ("--train-steps", 2, "--frames", 2, "--held-out", 0.4)
+    sizes = ("--train-steps", 2, "--frames", 1, "--held-out", 0.4)
     out, found = benchmark("decoding", "--data", recording, *kinds, *sizes)
     rows = {row["decoding"]: row for row in found["autoregressive-4"]["rows"]}
     assert rows["sequential"]["deep_passes"] == 4 and rows["sequential"]["distance_to_sequential"] == 0

@@ -1,0 +1,508 @@
+"""Long horizons: imagines far beyond the training window and measures how the frames drift away from real ones.
+
+Episodes begin as held-out ones do and go on under real actions: those of the episode itself, then of others. Writes
+`horizon.json`, the plot `horizon.png` and the contact sheet `frames.png`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, UInt8
+from tqdm import tqdm
+
+from sfv_world.checkpoint import replacing
+from sfv_world.counterfactual import held_out_episodes
+from sfv_world.data.clips import Actions, Episodes, take
+from sfv_world.drift import (
+    STATISTICS,
+    colour_and_contrast,
+    judged_imagined,
+    squared_error,
+    ssim,
+    train_judge,
+    typicality,
+)
+from sfv_world.film import long_clips, write_image
+from sfv_world.plot import BLUE, GREEN, INK, ORANGE, RED, Curve, Panel, draw
+from sfv_world.released.memory import Need, check_memory
+from sfv_world.world import World, load_world
+
+FIRST_BIN = 8
+"""Steps of the first bin of the horizon; each bin ends at twice the step."""
+LEVEL = 0.05
+"""Real frames are called atypical this often."""
+RANGE = (0.005, 0.995)
+"""Quantiles of real frames between which a frame's colours and contrast are within the range of real ones."""
+EXAMPLES = 1500
+"""Frames of either kind that a judge is trained on, at most, and tested on."""
+
+
+@dataclass(frozen=True)
+class HorizonConfig:
+    """How long to imagine, and how."""
+
+    world: str
+    """Name of a shipped world, or its folder."""
+    data: Path
+    """The recording it was trained on; its held-out episodes are found by the run's own split."""
+    out: Path = Path("out/horizon")
+    """Folder for results, plot and contact sheet."""
+    frames: int = 1000
+    """Frames to imagine."""
+    rows: int = 8
+    """Episodes to imagine; a judge is trained on half of them and tested on the others."""
+    context: int = 8
+    """Real frames the world observes first."""
+    restart: int | None = None
+    """Frames after which the world is reset to the last `context` frames it imagined, as the released models' chunks are; none: its
+    window slides on and nothing is ever reset."""
+    temperature: float = 1.0
+    """Standard deviation of the noise; 1 samples the model's distribution."""
+    stop: bool = False
+    """Whether an episode counts up to its first termination only; else terminations are reported and nothing more."""
+    references: int = 2000
+    """Held-out frames whose bits per dimension say what is typical, at least."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "cpu"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("rows", 2), ("context", 1), ("references", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}.")
+        if self.restart is not None and self.restart < self.context:
+            raise ValueError(
+                f"restart: expected none or at least {self.context}, the context that is kept, got {self.restart}. "
+                "Restart less often, or with a smaller context."
+            )
+
+
+class Beginnings(NamedTuple):
+    """Where imagined episodes begin, what is done in them, and what really happened."""
+
+    frames: UInt8[np.ndarray, "b k h w 3"]
+    """The context."""
+    actions: Actions
+    """Actions (b, k-1+n, ...): those between the context frames and those that lead to each imagined one."""
+    real: UInt8[np.ndarray, "b m h w 3"]
+    """The real continuations, as far as the longest goes."""
+    real_lengths: Int[np.ndarray, "b"]
+    """Frames of each real continuation."""
+
+
+class Rollout(NamedTuple):
+    """What was imagined, by row and frame."""
+
+    frames: UInt8[np.ndarray, "b n h w 3"]
+    bits: Float[np.ndarray, "b n"]
+    """Bits per dimension."""
+    terminated: Bool[np.ndarray, "b n"]
+    certificate: float
+    """The largest."""
+
+
+def horizon(config: HorizonConfig) -> dict[str, Any]:
+    """Imagines, prints and writes what was found, and returns it."""
+    world = load_world(config.world, config.device)
+    world.decoding = replace(world.decoding, temperature=config.temperature)
+    size = float(np.prod(world.frame_shape)) * config.rows * config.frames
+    remedy = "Imagine fewer frames or rows."
+    check_memory([Need("imagined frames", size)], torch.device("cpu"), remedy)
+    held_out = held_out_episodes(world, config.data)
+    episodes = _episodes(held_out, config)
+    begin = beginnings(held_out, episodes, config)
+    rollout = free_run(world, begin, config)
+    results = measure(world, held_out, episodes, begin, rollout, config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with replacing(config.out / "horizon.json") as beside:
+        beside.write_text(json.dumps(results, indent=2) + "\n")
+    write_image(config.out / "horizon.png", draw(_panels(results)))
+    steps = _sheet_steps(config.frames)
+    shown = np.concatenate([begin.frames[:, -1:], rollout.frames[:, steps - 1]], axis=1)
+    write_image(config.out / "frames.png", rearrange(shown, "b n h w c -> (b h) (n w) c"))
+    print(table(results))
+    print(f"wrote {config.out}: horizon.json, horizon.png, and frames.png (last real frame; steps {_list(steps)})")
+    return results
+
+
+def beginnings(held_out: Episodes, episodes: Int[np.ndarray, "b"], config: HorizonConfig) -> Beginnings:
+    """The beginnings of the given held-out episodes, and real actions for as long as is imagined.
+
+    An episode's own actions come first, then those of other held-out episodes, whole ones at random; so actions are held
+    for as long as they are in the recording.
+    """
+    rng = np.random.default_rng([config.seed, 1])
+    wanted = config.context - 1 + config.frames
+    rows = []
+    for episode in episodes:
+        parts = []
+        while sum(map(len, parts)) < wanted:
+            parts.append(
+                np.arange(held_out.starts[episode], held_out.ends[episode] - 1)
+            )  # none is taken at the last frame
+            episode = rng.integers(len(held_out))
+        rows.append(np.concatenate(parts)[:wanted])
+    starts = held_out.starts[episodes]
+    lengths = np.minimum(_shown(held_out)[episodes] - config.context, config.frames)
+    frames = held_out.frames[starts[:, None] + np.arange(config.context)]
+    after = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+    real = held_out.frames[starts[:, None] + config.context + after]
+    return Beginnings(frames, take(held_out.actions, np.stack(rows)), real, lengths)
+
+
+def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
+    """Imagines on and on, under the context policy of the configuration."""
+    rows, context = begin.frames.shape[:2]
+    frames = np.empty((rows, config.frames, *begin.frames.shape[2:]), np.uint8)
+    bits, terminated = np.zeros((rows, config.frames)), np.zeros((rows, config.frames), bool)
+    state = world.reset(begin.frames, take(begin.actions, np.s_[:, : context - 1]), _seeds(config, rows, 0))
+    certificate = 0.0
+    for n in tqdm(range(config.frames), desc="imagining", unit="frame"):
+        if config.restart and n and n % config.restart == 0:
+            past = take(begin.actions, np.s_[:, n : n + context - 1])
+            seeds = _seeds(config, rows, n // config.restart)  # else every chunk would be made of the same noise
+            state = world.reset(frames[:, n - context : n], past, seeds, noised=True)
+        state, output = world.step(state, take(begin.actions, np.s_[:, context - 1 + n]))
+        frames[:, n], bits[:, n] = output.frames.cpu().numpy(), output.bits_per_dim.cpu().numpy()
+        terminated[:, n] = output.terminated.cpu().numpy()
+        certificate = max(certificate, output.certificate.max().item())
+        if config.stop and terminated.any(axis=1).all():
+            frames[:, n + 1 :] = frames[:, n : n + 1]
+            break
+    return Rollout(frames, bits, terminated, certificate)
+
+
+def measure(
+    world: World,
+    held_out: Episodes,
+    episodes: Int[np.ndarray, "b"],
+    begin: Beginnings,
+    rollout: Rollout,
+    config: HorizonConfig,
+) -> dict[str, Any]:
+    """Compares imagined frames with the real ones that would have come, and with real frames at large.
+
+    Real frames are noised like the imagined ones before colours, contrast and the judge see them; PSNR and SSIM are to
+    the clean ones.
+    """
+    shown = _shown(held_out)
+    index = [np.arange(start, start + length) for start, length in zip(held_out.starts, shown, strict=True)]
+    real = noised(world, held_out.frames[np.concatenate(index)], config.seed)
+    steps = np.concatenate([np.arange(length) for length in shown]) - config.context + 1
+    owner = np.repeat(np.arange(len(held_out)), shown)
+
+    # A row counts up to its first termination, that frame included, or all along.
+    ended_before = np.cumsum(rollout.terminated, axis=1) - rollout.terminated > 0
+    counts = ~ended_before if config.stop else np.ones_like(rollout.terminated)
+    known = (np.arange(config.frames) < begin.real_lengths[:, None]) & counts
+    real_statistics = colour_and_contrast(real)
+    statistics = np.stack([colour_and_contrast(frames) for frames in _by_step(rollout.frames)], axis=1)
+    low, high = np.quantile(real_statistics, RANGE, axis=0)
+    inside = ((statistics >= low) & (statistics <= high)).all(axis=-1)
+
+    centre_from, compared_with = held_out_bits(world, held_out, config)
+    p_values = typicality(rollout.bits, centre_from, compared_with)
+    similar = _similarity(rollout.frames, begin, known)
+    judged, real_right = _judge(real, owner, episodes, rollout.frames, counts, config)
+
+    bits = np.concatenate([centre_from, compared_with])
+    bins = []
+    for first, last in pairwise(bin_edges(config.frames)):
+        here = np.zeros_like(counts)
+        here[:, first:last] = counts[:, first:last]
+        if not here.any():
+            continue
+        real_here = (steps > first) & (steps <= last)
+        entry: dict[str, Any] = {
+            "steps": [first + 1, last],
+            "frames": int(here.sum()),
+            **dict(zip(STATISTICS, statistics[here].mean(axis=0).tolist(), strict=True)),
+            "in_range_of_real": float(inside[here].mean()),
+            "bits_per_dim": float(rollout.bits[here].mean()),
+            "typical": float((p_values[here] >= LEVEL).mean()),
+            "terminated": int((rollout.terminated & here).sum()),
+            "judge_accuracy": _halfway(_mean(judged[here]), real_right),
+            "real": {"frames": int(real_here.sum())},
+        }
+        if real_here.any():
+            entry["real"] |= dict(zip(STATISTICS, real_statistics[real_here].mean(axis=0).tolist(), strict=True))
+        for name, errors in (("psnr", similar["error"]), ("psnr_of_copying", similar["error_of_copying"])):
+            entry[name] = _psnr(errors[here & known])
+        for name in ("ssim", "ssim_of_copying"):
+            entry[name] = _mean(similar[name][here & known])
+        bins.append(entry)
+
+    def by_step(values: np.ndarray) -> list[float | None]:
+        return [_mean(column[used]) for column, used in zip(values.T, counts.T, strict=True)]
+
+    first_end = np.where(rollout.terminated.any(axis=1), rollout.terminated.argmax(axis=1) + 1, 0)
+    return {
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
+        "window": world.model.config.flow.deep.window,
+        "bins": bins,
+        "real": {
+            **dict(zip(STATISTICS, real_statistics.mean(axis=0).tolist(), strict=True)),
+            "in_range_of_real": float(((real_statistics >= low) & (real_statistics <= high)).all(axis=-1).mean()),
+            "range": {name: [float(a), float(b)] for name, a, b in zip(STATISTICS, low, high, strict=True)},
+            "bits_per_dim": float(bits.mean()),
+            "bits_per_dim_range": np.quantile(bits, [LEVEL / 2, 1 - LEVEL / 2]).tolist(),
+            "frames": len(real),
+            "judged_real": real_right,
+        },
+        "first_termination": [int(step) or None for step in first_end],
+        "largest_certificate": rollout.certificate,
+        "by_step": {
+            **{name: by_step(statistics[..., i]) for i, name in enumerate(STATISTICS)},
+            "in_range_of_real": by_step(inside),
+            "bits_per_dim": by_step(rollout.bits),
+            "p_value": by_step(p_values),
+            "psnr": [_psnr(column[used]) for column, used in zip(similar["error"].T, known.T, strict=True)],
+            "ssim": [_mean(column[used]) for column, used in zip(similar["ssim"].T, known.T, strict=True)],
+        },
+    }
+
+
+def held_out_bits(
+    world: World, held_out: Episodes, config: HorizonConfig
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]:
+    """Bits per dimension of held-out frames that have the whole window before them, in two parts that share no clip."""
+    window = world.model.config.flow.deep.window
+    longest = int(_shown(held_out).max())
+    if longest <= window + 1:
+        raise ValueError(
+            f"data: expected a held-out episode of more than {window + 1} frames, got {longest}. Record longer ones."
+        )
+    length = min(2 * window + 2, longest - 1)
+    count = max(2, -(-config.references // (length - window)))
+    clips = long_clips(held_out, count, length, config.seed)
+    parts = np.array_split(np.arange(count), max(2, count // 16))
+    bits = [
+        world.score(clips.frames[part], take(clips.actions, part), part).bits_per_dim[:, window:].cpu().numpy()
+        for part in tqdm(parts, desc="held-out frames", unit="batch")
+    ]
+    found = np.concatenate(bits)
+    return found[: count // 2].ravel(), found[count // 2 :].ravel()
+
+
+def noised(world: World, frames: UInt8[np.ndarray, "n h w 3"], seed: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """Frames with the world's noise, as it shows those that it imagines."""
+    rng, codec, parts = np.random.default_rng([seed, 2]), world.model.codec, []
+    for first in range(0, len(frames), 256):
+        part = torch.from_numpy(frames[first : first + 256])
+        uniform, normal = (torch.from_numpy(draw(part.shape, np.float32)) for draw in (rng.random, rng.standard_normal))
+        pixels = (codec.pixels(part, uniform) + world.model.config.noise * normal).to(world.device)
+        parts.append(codec.frames(pixels).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def bin_edges(frames: int) -> list[int]:
+    """0, 8, 16, 32, ... and `frames`; what is left after the last doubling joins the last bin if it is short of half of it."""
+    edges = [0]
+    while (step := max(FIRST_BIN, 2 * edges[-1])) < frames:
+        edges.append(step)
+    if len(edges) > 2 and frames - edges[-1] < edges[-1] // 4:
+        edges.pop()
+    return [*edges, frames]
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was found, by bins of the horizon."""
+    real, config = results["real"], results["config"]
+    columns = "{:>11} {:>5} {:>5} {:>5} {:>8} {:>8} {:>6} {:>6} {:>6} {:>6} {:>8} {:>8} {:>6} {:>5}"
+
+    def number(value: float | None, digits: int = 1, percent: bool = False) -> str:
+        if value is None:
+            return "-"
+        return f"{100 * value:.0f}%" if percent else f"{value:.{digits}f}"
+
+    def line(name: str, entry: dict[str, Any], *more: str) -> str:
+        return columns.format(
+            name,
+            *(number(entry[statistic]) for statistic in STATISTICS),
+            number(entry["in_range_of_real"], percent=True),
+            *more,
+        )
+
+    lines = [
+        columns.format(
+            *("steps", "red", "green", "blue", "contrast", "in range", "PSNR", "(copy)", "SSIM", "(copy)", "bits/dim"),
+            *("typical", "judge", "ended"),
+        ),
+        line("real frames", real, *("-",) * 4, number(real["bits_per_dim"], 3), f"{1 - LEVEL:.0%}", "50%", "-"),
+    ]
+    for entry in results["bins"]:
+        more = [
+            number(entry["psnr"]),
+            number(entry["psnr_of_copying"]),
+            number(entry["ssim"], 2),
+            number(entry["ssim_of_copying"], 2),
+            number(entry["bits_per_dim"], 3),
+            number(entry["typical"], percent=True),
+            number(entry["judge_accuracy"], percent=True),
+            str(entry["terminated"]),
+        ]
+        lines.append(line("{}-{}".format(*entry["steps"]), entry, *more))
+    policy = f"reset every {config['restart']} frames" if config["restart"] else f"window of {results['window']} frames"
+    lines.append(
+        f"{policy}, temperature {config['temperature']:g}; largest certificate {results['largest_certificate']:.1e}; "
+        f"first terminations after {_list(step or 'never' for step in results['first_termination'])}"
+    )
+    return "\n".join(lines)
+
+
+def _episodes(held_out: Episodes, config: HorizonConfig) -> Int[np.ndarray, "b"]:
+    """An episode for every row: even and odd rows share none, for a judge learns from the former and is tested on the latter."""
+    fitting = np.flatnonzero(_shown(held_out) > config.context)
+    if len(fitting) < 2:
+        raise ValueError(
+            f"context: expected at least 2 held-out episodes of more than {config.context} frames, got {len(fitting)}. "
+            "Give a longer recording, or observe fewer frames first."
+        )
+    order = np.random.default_rng([config.seed, 0]).permutation(fitting)
+    halves = order[0::2], order[1::2]
+    return np.array([halves[row % 2][row // 2 % len(halves[row % 2])] for row in range(config.rows)])
+
+
+def _shown(episodes: Episodes) -> Int[np.ndarray, "e"]:
+    """Frames of each episode that the game showed: without the last screen again, which stands for the end."""
+    return episodes.lengths - np.add.reduceat(episodes.repeated.astype(np.int64), episodes.starts)
+
+
+def _seeds(config: HorizonConfig, rows: int, chunk: int) -> Int[np.ndarray, "b"]:
+    """Seeds of all rows after a number of restarts, all different."""
+    return config.seed * 1_000_000_007 + chunk * rows + np.arange(rows)
+
+
+def _by_step(frames: UInt8[np.ndarray, "b n h w 3"]) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    return (frames[:, n] for n in range(frames.shape[1]))
+
+
+def _similarity(
+    frames: UInt8[np.ndarray, "b n h w 3"], begin: Beginnings, known: Bool[np.ndarray, "b n"]
+) -> dict[str, Float[np.ndarray, "b n"]]:
+    """Squared error and SSIM to the real continuation where there is one, of imagined frames and of the last observed one."""
+    names = ("error", "ssim", "error_of_copying", "ssim_of_copying")
+    found = {name: np.full(known.shape, np.nan) for name in names}
+    for n in np.flatnonzero(known.any(axis=0)):
+        rows = known[:, n]
+        real = begin.real[rows, n]
+        for suffix, guess in (("", frames[rows, n]), ("_of_copying", begin.frames[rows, -1])):
+            found["error" + suffix][rows, n] = squared_error(guess, real)
+            found["ssim" + suffix][rows, n] = ssim(guess, real)
+    return found
+
+
+def _judge(
+    real: UInt8[np.ndarray, "r h w 3"],
+    owner: Int[np.ndarray, "r"],
+    episodes: Int[np.ndarray, "b"],
+    frames: UInt8[np.ndarray, "b n h w 3"],
+    counts: Bool[np.ndarray, "b n"],
+    config: HorizonConfig,
+) -> tuple[Float[np.ndarray, "b n"], float]:
+    """Trains a judge on even rows and tests it on odd ones.
+
+    Returns:
+        For the frames it was tested on whether it took them for imagined ones, NaN for all others; and the share of the
+        real frames it was tested on that it took for real ones.
+    """
+    rng = np.random.default_rng([config.seed, 3])
+    even = np.arange(len(frames)) % 2 == 0
+    # Real frames of episodes that begin even rows or none are to learn from, of those that begin odd rows to be tested on.
+    held = np.isin(owner, episodes[~even])
+    edges = bin_edges(config.frames)
+    each = -(-EXAMPLES // (len(edges) - 1))
+
+    def pick(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        places = [np.argwhere(counts[rows, first:last]) + np.array([0, first]) for first, last in pairwise(edges)]
+        some = np.concatenate([rng.permutation(place)[:each] for place in places])
+        return np.flatnonzero(rows)[some[:, 0]], some[:, 1]
+
+    judge = train_judge(rng.permutation(real[~held])[:EXAMPLES], frames[pick(even)], config.seed)
+    judged = np.full(counts.shape, np.nan)
+    tested = pick(~even)
+    judged[tested] = judged_imagined(judge, frames[tested])
+    return judged, float((~judged_imagined(judge, rng.permutation(real[held])[:EXAMPLES])).mean())
+
+
+def _panels(results: dict[str, Any]) -> list[Panel]:
+    real, bins, by_step = results["real"], results["bins"], results["by_step"]
+    ends = [np.array(entry["steps"]) for entry in bins]
+    middles = np.array([np.sqrt(first * last) for first, last in ends])
+
+    def stepwise(key: str, name: str, colour: tuple[int, int, int] = INK) -> Curve:
+        values = np.array(by_step[key], float)
+        return Curve(name, np.arange(1.0, len(values) + 1), values, colour, thin=True)
+
+    def binned(key: str, name: str, colour: tuple[int, int, int] = INK, part: str | None = None) -> Curve:
+        entries = [entry[part] if part else entry for entry in bins]
+        return Curve(name, middles, np.array([entry.get(key) for entry in entries], float), colour)
+
+    colours = dict(zip(STATISTICS, (RED, GREEN, BLUE, INK), strict=True))
+    panels = [
+        Panel(
+            f"{name}: imagined (thin), real at the same step, range of real",
+            [stepwise(name, "imagined", colour), binned(name, "real", ORANGE, "real")],
+            [(real["range"][name][0], real["range"][name][1], colour)],
+        )
+        for name, colour in colours.items()
+    ]
+    one = np.array([1.0, len(by_step["bits_per_dim"])])
+    panels += [
+        Panel(
+            f"bits/dim, and {1 - LEVEL:.0%} of real frames",
+            [stepwise("bits_per_dim", "imagined")],
+            [(real["bits_per_dim_range"][0], real["bits_per_dim_range"][1], BLUE)],
+        ),
+        Panel(
+            "share of frames that are typical; in range of real colours",
+            [
+                binned("typical", "typical", BLUE),
+                binned("in_range_of_real", "in range", GREEN),
+                Curve("", one, np.zeros(2)),
+            ],
+            [(1 - LEVEL, 1.0, INK)],
+        ),
+        Panel(
+            "PSNR to the real continuation, dB",
+            [stepwise("psnr", "imagined"), binned("psnr_of_copying", "copy of the last observed frame", ORANGE)],
+        ),
+        Panel(
+            "accuracy of a judge of real and imagined frames",
+            [binned("judge_accuracy", "on other episodes", RED), Curve("", one, np.ones(2))],
+            [(0.49, 0.51, INK)],
+        ),
+    ]
+    return panels
+
+
+def _sheet_steps(frames: int, count: int = 16) -> Int[np.ndarray, "n"]:
+    return np.unique(np.geomspace(1, frames, count).round().astype(np.int64))
+
+
+def _mean(values: Any) -> float | None:
+    found = [value for value in np.asarray(values, float).ravel().tolist() if not np.isnan(value)]
+    return float(np.mean(found)) if found else None
+
+
+def _halfway(a: float | None, b: float) -> float | None:
+    return None if a is None else (a + b) / 2
+
+
+def _psnr(errors: Float[np.ndarray, "n"]) -> float | None:
+    """Of squared errors averaged before the logarithm."""
+    return float(10 * np.log10(255**2 / max(errors.mean(), 1e-9))) if len(errors) else None
+
+
+def _list(values: Any) -> str:
+    return ", ".join(map(str, values))

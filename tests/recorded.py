@@ -1,0 +1,50 @@
+"""A recording of made-up episodes and a world that says it was trained on it, for commands that need both."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from gymnasium import spaces
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
+
+from sfv_world.checkpoint import CONFIG
+
+LENGTHS = (14, 17, 12, 20, 13, 16, 15, 18)
+
+
+def record(folder: Path, action_space: spaces.Space, lengths: tuple[int, ...] = LENGTHS) -> Path:
+    """Episodes of so many frames of 16 x 24 pixels, in which a bright square wanders over a coloured ground."""
+    rng = np.random.default_rng(0)
+    storage = MinariStorage.new(
+        folder, spaces.Box(0, 255, (16, 24, 3), np.uint8), action_space, data_format="hdf5", jpeg_encoding=False
+    )
+    action_space.seed(0)
+    for length in lengths:
+        frames = np.full((length, 16, 24, 3), rng.integers(40, 200, 3), np.uint8)
+        for n, frame in enumerate(frames):
+            frame[4:10, n % 18 : n % 18 + 6] = 250
+        ends = np.arange(1, length) == length - 1
+        actions = np.array([action_space.sample() for _ in range(length - 1)])
+        storage.update_episodes(
+            [
+                EpisodeBuffer(
+                    observations=frames,
+                    actions=actions,
+                    rewards=np.zeros(length - 1),
+                    terminations=ends,
+                    truncations=np.zeros(length - 1, bool),
+                )
+            ]
+        )
+    return folder
+
+
+def trained(world: Path, folder: Path, held_out: float = 0.5) -> Path:
+    """A copy of a world whose configuration says how a recording was split to train it."""
+    shutil.copytree(world, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    config["about"]["training"] = {"held_out": held_out, "seed": 0}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
