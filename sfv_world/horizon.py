@@ -145,8 +145,8 @@ def beginnings(held_out: Episodes, episodes: Int[np.ndarray, "b"], config: Horiz
     wanted = config.context - 1 + config.frames
     rows = []
     for episode in episodes:
-        parts = []
-        while sum(map(len, parts)) < wanted:
+        parts: list[np.ndarray] = []
+        while sum(len(part) for part in parts) < wanted:
             parts.append(
                 np.arange(held_out.starts[episode], held_out.ends[episode] - 1)
             )  # none is taken at the last frame
