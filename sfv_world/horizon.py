@@ -30,14 +30,13 @@ from sfv_world.drift import (
     typicality,
 )
 from sfv_world.film import long_clips, write_image
-from sfv_world.plot import BLUE, GREEN, INK, ORANGE, RED, Curve, Panel, draw
+from sfv_world.horizon_report import LEVEL, panels, table
+from sfv_world.plot import draw
 from sfv_world.released.memory import Need, check_memory
 from sfv_world.world import World, load_world
 
 FIRST_BIN = 8
 """Steps of the first bin of the horizon; each bin ends at twice the step."""
-LEVEL = 0.05
-"""Real frames are called atypical this often."""
 RANGE = (0.005, 0.995)
 """Quantiles of real frames between which a frame's colours and contrast are within the range of real ones."""
 EXAMPLES = 1500
@@ -126,12 +125,14 @@ def horizon(config: HorizonConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     with replacing(config.out / "horizon.json") as beside:
         beside.write_text(json.dumps(results, indent=2) + "\n")
-    write_image(config.out / "horizon.png", draw(_panels(results)))
+    write_image(config.out / "horizon.png", draw(panels(results)))
     steps = _sheet_steps(config.frames)
     shown = np.concatenate([begin.frames[:, -1:], rollout.frames[:, steps - 1]], axis=1)
     write_image(config.out / "frames.png", rearrange(shown, "b n h w c -> (b h) (n w) c"))
     print(table(results))
-    print(f"wrote {config.out}: horizon.json, horizon.png, and frames.png (last real frame; steps {_list(steps)})")
+    print(
+        f"wrote {config.out}: horizon.json, horizon.png, and frames.png (last real frame; steps {', '.join(map(str, steps))})"
+    )
     return results
 
 
@@ -315,51 +316,6 @@ def bin_edges(frames: int) -> list[int]:
     return [*edges, frames]
 
 
-def table(results: dict[str, Any]) -> str:
-    """What was found, by bins of the horizon."""
-    real, config = results["real"], results["config"]
-    columns = "{:>11} {:>5} {:>5} {:>5} {:>8} {:>8} {:>6} {:>6} {:>6} {:>6} {:>8} {:>8} {:>6} {:>5}"
-
-    def number(value: float | None, digits: int = 1, percent: bool = False) -> str:
-        if value is None:
-            return "-"
-        return f"{100 * value:.0f}%" if percent else f"{value:.{digits}f}"
-
-    def line(name: str, entry: dict[str, Any], *more: str) -> str:
-        return columns.format(
-            name,
-            *(number(entry[statistic]) for statistic in STATISTICS),
-            number(entry["in_range_of_real"], percent=True),
-            *more,
-        )
-
-    lines = [
-        columns.format(
-            *("steps", "red", "green", "blue", "contrast", "in range", "PSNR", "(copy)", "SSIM", "(copy)", "bits/dim"),
-            *("typical", "judge", "ended"),
-        ),
-        line("real frames", real, *("-",) * 4, number(real["bits_per_dim"], 3), f"{1 - LEVEL:.0%}", "50%", "-"),
-    ]
-    for entry in results["bins"]:
-        more = [
-            number(entry["psnr"]),
-            number(entry["psnr_of_copying"]),
-            number(entry["ssim"], 2),
-            number(entry["ssim_of_copying"], 2),
-            number(entry["bits_per_dim"], 3),
-            number(entry["typical"], percent=True),
-            number(entry["judge_accuracy"], percent=True),
-            str(entry["terminated"]),
-        ]
-        lines.append(line("{}-{}".format(*entry["steps"]), entry, *more))
-    policy = f"reset every {config['restart']} frames" if config["restart"] else f"window of {results['window']} frames"
-    lines.append(
-        f"{policy}, temperature {config['temperature']:g}; largest certificate {results['largest_certificate']:.1e}; "
-        f"first terminations after {_list(step or 'never' for step in results['first_termination'])}"
-    )
-    return "\n".join(lines)
-
-
 def _episodes(held_out: Episodes, config: HorizonConfig) -> Int[np.ndarray, "b"]:
     """An episode for every row: even and odd rows share none, for a judge learns from the former and is tested on the latter."""
     fitting = np.flatnonzero(_shown(held_out) > config.context)
@@ -435,57 +391,6 @@ def _judge(
     return judged, float((~judged_imagined(judge, rng.permutation(real[held])[:EXAMPLES])).mean())
 
 
-def _panels(results: dict[str, Any]) -> list[Panel]:
-    real, bins, by_step = results["real"], results["bins"], results["by_step"]
-    ends = [np.array(entry["steps"]) for entry in bins]
-    middles = np.array([np.sqrt(first * last) for first, last in ends])
-
-    def stepwise(key: str, name: str, colour: tuple[int, int, int] = INK) -> Curve:
-        values = np.array(by_step[key], float)
-        return Curve(name, np.arange(1.0, len(values) + 1), values, colour, thin=True)
-
-    def binned(key: str, name: str, colour: tuple[int, int, int] = INK, part: str | None = None) -> Curve:
-        entries = [entry[part] if part else entry for entry in bins]
-        return Curve(name, middles, np.array([entry.get(key) for entry in entries], float), colour)
-
-    colours = dict(zip(STATISTICS, (RED, GREEN, BLUE, INK), strict=True))
-    panels = [
-        Panel(
-            f"{name}: imagined (thin), real at the same step, range of real",
-            [stepwise(name, "imagined", colour), binned(name, "real", ORANGE, "real")],
-            [(real["range"][name][0], real["range"][name][1], colour)],
-        )
-        for name, colour in colours.items()
-    ]
-    one = np.array([1.0, len(by_step["bits_per_dim"])])
-    panels += [
-        Panel(
-            f"bits/dim, and {1 - LEVEL:.0%} of real frames",
-            [stepwise("bits_per_dim", "imagined")],
-            [(real["bits_per_dim_range"][0], real["bits_per_dim_range"][1], BLUE)],
-        ),
-        Panel(
-            "share of frames that are typical; in range of real colours",
-            [
-                binned("typical", "typical", BLUE),
-                binned("in_range_of_real", "in range", GREEN),
-                Curve("", one, np.zeros(2)),
-            ],
-            [(1 - LEVEL, 1.0, INK)],
-        ),
-        Panel(
-            "PSNR to the real continuation, dB",
-            [stepwise("psnr", "imagined"), binned("psnr_of_copying", "copy of the last observed frame", ORANGE)],
-        ),
-        Panel(
-            "accuracy of a judge of real and imagined frames",
-            [binned("judge_accuracy", "on other episodes", RED), Curve("", one, np.ones(2))],
-            [(0.49, 0.51, INK)],
-        ),
-    ]
-    return panels
-
-
 def _sheet_steps(frames: int, count: int = 16) -> Int[np.ndarray, "n"]:
     return np.unique(np.geomspace(1, frames, count).round().astype(np.int64))
 
@@ -502,7 +407,3 @@ def _halfway(a: float | None, b: float) -> float | None:
 def _psnr(errors: Float[np.ndarray, "n"]) -> float | None:
     """Of squared errors averaged before the logarithm."""
     return float(10 * np.log10(255**2 / max(errors.mean(), 1e-9))) if len(errors) else None
-
-
-def _list(values: Any) -> str:
-    return ", ".join(map(str, values))

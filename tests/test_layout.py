@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "layers", "flow", "decoding", "control", "pretrained", "codec", "heads", "model", "checkpoint", "released", "data", "state",
-    "world", "film", "plot", "card", "training", "evaluation", "counterfactual", "drift", "horizon", "envs", "agents", "generate",
-    "demo", "cli",
+    "world", "calibrate", "film", "plot", "card", "training", "evaluation", "counterfactual", "drift", "horizon_report", "horizon",
+    "envs", "agents", "generate", "demo", "cli",
 ]  # fmt: skip
 ALLOWED_UPWARDS = {("data", "envs"), ("data", "agents")}  # collecting plays real environments
 
