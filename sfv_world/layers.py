@@ -47,23 +47,25 @@ class Rope:
         self.time_frequencies = 10000.0 ** (-torch.arange(time, dtype=torch.float64) / time)
         frequencies = 10000.0 ** (-torch.arange(space, dtype=torch.float64) / space)
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        angles = [position.flatten()[:, None] * frequencies for position in (row, column)]
-        self.space_angles = torch.cat(angles, dim=-1)
+        angles = torch.cat([position.flatten()[:, None] * frequencies for position in (row, column)], dim=-1)
+        self.space = _turn(angles)
 
     def __call__(self, times: Int[Tensor, "t"], slots: slice = slice(None)) -> Float[Tensor, "t l two p"]:
         """The cosines and sines of every frame time and slot, on the device of `times`."""
-        device = times.device
-        space = self.space_angles[slots].to(device).expand(len(times), -1, -1)
-        time = times.double()[:, None, None] * self.time_frequencies.to(device)
-        angles = torch.cat([space, time.expand(-1, space.shape[1], -1)], dim=-1)
-        return torch.stack([angles.cos(), angles.sin()], dim=-2).float()
+        space = self.space[slots].to(times.device).expand(len(times), -1, -1, -1)
+        time = _turn(times.double()[:, None, None] * self.time_frequencies.to(times.device))
+        return torch.cat([space, time.expand(-1, space.shape[1], -1, -1)], dim=-1)
+
+
+def _turn(angles: Float[Tensor, "*b p"]) -> Float[Tensor, "*b two p"]:
+    return torch.stack([angles.cos(), angles.sin()], dim=-2).float()
 
 
 def rotate(x: Float[Tensor, "*b l d"], turn: Float[Tensor, "*c #l two p"]) -> Float[Tensor, "*b l d"]:
     """Rotates interleaved pairs (x_0, x_1), (x_2, x_3), ... of the last dimension by the given cosines and sines."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = turn[..., 0, :].to(x.dtype), turn[..., 1, :].to(x.dtype)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))
+    cos, sin = turn.to(pairs.real.dtype).unbind(-2)
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."] | None = None) -> Tensor:
@@ -110,8 +112,9 @@ class Attention(nn.Module):
         controls: Float[Tensor, "n k c"] | None,
     ) -> Float[Tensor, "n l d"]:
         qkv = self.qkv(self.norm(x))
-        q, k, v = rearrange(qkv, "n l (three h d) -> three n h l d", three=3, d=self.head_dim)
-        out = rearrange(attend(rotate(q, turn), rotate(k, turn), v), "n h l d -> n l (h d)")
+        qkv = rearrange(qkv, "n l (three h d) -> three n h l d", three=3, d=self.head_dim)
+        (turned_q, k), (q, _, v) = rotate(qkv[:2], turn), qkv
+        out = rearrange(attend(turned_q, k, v), "n h l d -> n l (h d)")
         if self.controls is not None and controls is not None:
             out = out + self.controls(q, controls)
         return self.proj(out)

@@ -95,8 +95,10 @@ def read_video(
     encoding = flow(tokens, controls, cache)
     for back in range(1, min(frames, cache.window) + 1):
         cache.visible[:, (cache.clock - back) % cache.window] = True
-    condition = encoding.features[:, -1] if flow.config.kind == "frame-parallel" else None
-    _, _, shallow = flow.shallow(tokens[:, -1], condition)
+    shallow: list[Stage] = []
+    if isinstance(flow.shallow, RasterFlow):
+        condition = encoding.features[:, -1] if flow.config.kind == "frame-parallel" else None
+        _, _, shallow = flow.shallow(tokens[:, -1], condition)
     fields = Fields(encoding.fields.mu[:, -1], encoding.fields.sigma[:, -1])
     return StreamState(cache, tokens[:, -1].clone(), Stage(encoding.latents[:, -1], fields), shallow), encoding
 
@@ -182,7 +184,8 @@ def imagine_frame(
             features, fields = _read_latents(flow, state, found, controls)
             drawn, sweeps = fields, sweeps + 1
         exact, deep_log_det = fields.normalise(found)
-        certificate = (drawn.normalise(found)[0] - noise).abs().amax(dim=(1, 2))
+        asked = exact if drawn is fields else drawn.normalise(found)[0]
+        certificate = (asked - noise).abs().amax(dim=(1, 2))
         missed = ~(certificate <= config.tolerance)
         shallow_sweeps += taken + len(shallow)
         settled = isinstance(flow.shallow, BandFlow) or config.block == 1 or config.max_sweeps is not None

@@ -128,5 +128,4 @@ class BandFlow(nn.Module):
         block = cast(SlotTransformer, self.blocks[index])
         start = block.sos_embed.expand(*coarser.shape[:-1], -1)
         slots = torch.cat([coarser, start[..., coarser.shape[-1] :]], dim=-1)
-        features = block.features(slots[:, None], condition=None if condition is None else condition[:, None])
-        return block.fields(features[:, 0])
+        return block.fields(block.alone(slots, condition))

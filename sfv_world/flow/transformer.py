@@ -105,6 +105,16 @@ class SlotTransformer(nn.Module):
             x = layer(x, turn, attend_window, _fold(controls))
         return rearrange(self.final_norm(x), "(b t) l w -> b t l w", t=t)
 
+    def alone(
+        self, slots: Float[Tensor, "b l c"], condition: Float[Tensor, "b l e"] | None = None
+    ) -> Float[Tensor, "b l w"]:
+        """Pass over frames that know nothing of each other (frame order only)."""
+        x = self._embed(slots, condition)
+        turn = self.rope(torch.zeros(1, dtype=torch.long, device=x.device))[:, None]
+        for layer in self.attn_blocks:
+            x = layer(x, turn, attend)
+        return self.final_norm(x)
+
     def decode(
         self,
         slots: Float[Tensor, "b l c"],
