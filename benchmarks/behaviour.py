@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.checkpoint import replacing
-from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
+from sfv_world.data.clips import ClipSampler, Episodes
+from sfv_world.evaluation import split_as_trained
 from sfv_world.film import imagine, long_clips
 from sfv_world.world import World, load_world
 
@@ -132,8 +133,7 @@ def endings(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[s
 def main(config: BehaviourConfig) -> dict[str, Any]:
     """Runs all checks of one world."""
     world = load_world(config.world)
-    run = world.about["training"]
-    _, held_out = load_episodes(config.data).split(run["held_out"], run["seed"])
+    _, held_out = split_as_trained(world, config.data)
     found: dict[str, Any] = {
         "random_play": random_play(world, held_out, config),
         "endings": endings(world, held_out, config),

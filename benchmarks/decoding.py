@@ -46,7 +46,7 @@ class DecodingBenchmarkConfig:
     train_steps: int = 300
     """Training steps of each fresh world."""
     preset: Literal["tiny", "small", "base"] = "tiny"
-    """Size of fresh worlds: about 1, 4 or 30 million parameters."""
+    """Size of fresh worlds: about 1, 4 or 21 million parameters."""
     window: int = 3
     """Frames a fresh world's deep flow sees."""
     clip: int = 4

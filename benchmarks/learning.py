@@ -3,8 +3,7 @@
     python benchmarks/learning.py --data data/doom-basic --minutes 60
 
 Trains as `sfv-world train` does, calibrates as `sfv-world calibrate` does and measures as `sfv-world evaluate` and
-`benchmarks/speed.py` do. Prints a table and
-writes JSON with the machine, the versions and the commit. Run it alone on the machine.
+`benchmarks/speed.py` do. Prints a table and writes JSON with the machine, the versions and the commit. Run it alone on the machine.
 """
 
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ class LearningConfig:
     kinds: tuple[Variant, ...] = ("frame-parallel", "autoregressive")
     """What to train."""
     preset: Literal["tiny", "small", "base"] = "small"
-    """Size: about 1, 4 or 30 million parameters."""
+    """Size: about 1, 4 or 21 million parameters."""
     patch: int = 8
     """Side of a patch, in pixels."""
     window: int = 6

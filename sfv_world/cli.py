@@ -1,4 +1,5 @@
-"""The command line: `sfv-world collect | train | evaluate | counterfactual | horizon | demo | convert | info | generate`.
+"""The command line: `sfv-world collect | train | evaluate | demo`, `counterfactual | horizon | calibrate`,
+`convert | info | generate`.
 
 Options come from each command's config dataclass.
 """

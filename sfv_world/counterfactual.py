@@ -19,7 +19,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sfv_world.control.spaces import flatten_actions
-from sfv_world.data.clips import Actions, Episodes, load_episodes, take
+from sfv_world.data.clips import Actions, take
+from sfv_world.evaluation import split_as_trained
 from sfv_world.film import long_clips, write_image, write_video
 from sfv_world.world import Abduction, World, WorldOutput, load_world
 
@@ -130,28 +131,6 @@ def parse_action(space: gym.Space[Any], text: str) -> Any:
     return _element(space, value)
 
 
-def held_out_episodes(world: World, data: Path) -> Episodes:
-    """The episodes of a recording that a world was not trained on, by the split of its own training run.
-
-    Raises:
-        ValueError: if the world says nothing of its training, or the recording does not fit it.
-    """
-    run = world.about.get("training", {})
-    if not {"held_out", "seed"} <= run.keys():
-        raise ValueError(
-            f"world: expected one that says how its data was split ('training' in its config.json), got {world.name}, "
-            "which does not. Train it with `sfv-world train`."
-        )
-    episodes = load_episodes(data)
-    expected, found = (world.frame_shape, world.action_space), (episodes.frames.shape[1:], episodes.action_space)
-    if expected != found:
-        raise ValueError(
-            f"data: expected frames {expected[0]} and actions {expected[1]} as the world {world.name} has, got {found[0]} "
-            f"and {found[1]}. Give the recording it was trained on."
-        )
-    return episodes.split(run["held_out"], run["seed"])[1]
-
-
 def counterfactual(config: CounterfactualConfig) -> Path:
     """Prints the log-likelihoods of both branches, and writes a film and a contact sheet.
 
@@ -160,7 +139,7 @@ def counterfactual(config: CounterfactualConfig) -> Path:
     """
     world = load_world(config.world, config.device)
     wanted = None if config.action is None else parse_action(world.action_space, config.action)
-    held_out = held_out_episodes(world, config.data)
+    held_out = split_as_trained(world, config.data)[1]
     clips = long_clips(held_out, config.rows, config.context + config.frames, config.seed)
     after = take(clips.actions, np.s_[:, config.context - 1 :])
     others = _others(world.action_space, after, wanted, config)

@@ -53,8 +53,7 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a world, prints and writes what was found, and returns it."""
     world = load_world(config.world, config.device)
-    run = world.about["training"]
-    train, held_out = load_episodes(config.data).split(run["held_out"], run["seed"])
+    train, held_out = split_as_trained(world, config.data)
     results = {
         "density": density(world, train, held_out, config.frames, config.seed),
         "outcomes": outcomes(world, held_out, config.seed),
@@ -69,6 +68,28 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         beside.write_text(model_card(world, results))
     print(tables(results))
     return results
+
+
+def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
+    """The episodes of a recording that a world was trained on and those it was not, by the split of its own training run.
+
+    Raises:
+        ValueError: if the world says nothing of its training, or the recording does not fit it.
+    """
+    run = world.about.get("training", {})
+    if not {"held_out", "seed"} <= run.keys():
+        raise ValueError(
+            f"world: expected one that says how its data was split ('training' in its config.json), got {world.name}, "
+            "which does not. Train it with `sfv-world train`."
+        )
+    episodes = load_episodes(data)
+    expected, found = (world.frame_shape, world.action_space), (episodes.frames.shape[1:], episodes.action_space)
+    if expected != found:
+        raise ValueError(
+            f"data: expected frames {expected[0]} and actions {expected[1]} as the world {world.name} has, got {found[0]} "
+            f"and {found[1]}. Give the recording it was trained on."
+        )
+    return episodes.split(run["held_out"], run["seed"])
 
 
 def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed: int) -> dict[str, float]:

@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from sfv_world.checkpoint import replacing
-from sfv_world.counterfactual import held_out_episodes
 from sfv_world.data.clips import Actions, Episodes, take
 from sfv_world.drift import (
     STATISTICS,
@@ -29,6 +28,7 @@ from sfv_world.drift import (
     train_judge,
     typicality,
 )
+from sfv_world.evaluation import split_as_trained
 from sfv_world.film import long_clips, write_image
 from sfv_world.horizon_report import LEVEL, panels, table
 from sfv_world.plot import draw
@@ -117,7 +117,7 @@ def horizon(config: HorizonConfig) -> dict[str, Any]:
     size = float(np.prod(world.frame_shape)) * config.rows * config.frames
     remedy = "Imagine fewer frames or rows."
     check_memory([Need("imagined frames", size)], torch.device("cpu"), remedy)
-    held_out = held_out_episodes(world, config.data)
+    held_out = split_as_trained(world, config.data)[1]
     episodes = _episodes(held_out, config)
     begin = beginnings(held_out, episodes, config)
     rollout = free_run(world, begin, config)
@@ -148,9 +148,8 @@ def beginnings(held_out: Episodes, episodes: Int[np.ndarray, "b"], config: Horiz
     for episode in episodes:
         parts: list[np.ndarray] = []
         while sum(len(part) for part in parts) < wanted:
-            parts.append(
-                np.arange(held_out.starts[episode], held_out.ends[episode] - 1)
-            )  # none is taken at the last frame
+            last = held_out.ends[episode] - 1  # no action is taken at it
+            parts.append(np.arange(held_out.starts[episode], last))
             episode = rng.integers(len(held_out))
         rows.append(np.concatenate(parts)[:wanted])
     starts = held_out.starts[episodes]

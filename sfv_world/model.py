@@ -114,7 +114,7 @@ def model_config(
 
     The shallow blocks are half as wide: as many as there are `bands` of equal steps of spatial frequency (default: 6), or two
     in raster order if there are none (the default of the autoregressive kind). Size 4 has about 4 million parameters, size 8
-    about 30 million.
+    about 21 million.
     """
     bands = (min(6, patch**2) if kind == "frame-parallel" else 0) if bands is None else bands
     codec = PixelCodecConfig(height, width, patch)

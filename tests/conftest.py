@@ -10,6 +10,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("sfv_world", "beartype.beartype")
 
+from recorded import record, trained  # noqa: E402
 from tiny import KINDS, Kind, of_kind, randomised  # noqa: E402
 
 from sfv_world.checkpoint import STARTS, save_model, save_tensors  # noqa: E402
@@ -68,3 +69,12 @@ def tiny_folder(request: pytest.FixtureRequest, build_world: Callable[..., Path]
 def tiny_world(tiny_folder: Path) -> World:
     """A tiny world, of each kind of flow; tests must not change it."""
     return load_world(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def home(build_world: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recording, `data`, and a tiny world that says it was trained on it, `world`."""
+    home = tmp_path_factory.mktemp("home")
+    record(home / "data", DISCRETE)
+    trained(build_world(), home / "world")
+    return home

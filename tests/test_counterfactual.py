@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from recorded import record, trained
+from recorded import record
 
 from sfv_world import World, load_world
 from sfv_world.cli import main
@@ -191,14 +191,6 @@ def test_other_actions_are_refused(text, message):
 def test_impossible_wishes_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         CounterfactualConfig(world="nowhere", data=tmp_path, **changes)
-
-
-@pytest.fixture(scope="module")
-def home(build_world, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    record(home / "data", spaces.Discrete(3))
-    trained(build_world(), home / "world")
-    return home
 
 
 def command(home, **options):

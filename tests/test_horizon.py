@@ -7,13 +7,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
-from recorded import record, trained
 
 from sfv_world import load_world
 from sfv_world.cli import main
-from sfv_world.counterfactual import held_out_episodes
 from sfv_world.drift import colour_and_contrast, judged_imagined, squared_error, ssim, train_judge, typicality
+from sfv_world.evaluation import split_as_trained
 from sfv_world.horizon import HorizonConfig, _episodes, beginnings, bin_edges, free_run, horizon, noised
 from sfv_world.plot import Curve, Panel, draw
 
@@ -82,14 +80,6 @@ def test_plots_survive_what_is_missing():
 # Rollouts
 
 
-@pytest.fixture(scope="module")
-def home(build_world, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    record(home / "data", spaces.Discrete(3))
-    trained(build_world(), home / "world")
-    return home
-
-
 @pytest.fixture
 def config(home):
     return HorizonConfig(
@@ -99,7 +89,7 @@ def config(home):
 
 def begun(config):
     world = load_world(config.world)
-    held_out = held_out_episodes(world, config.data)
+    held_out = split_as_trained(world, config.data)[1]
     episodes = _episodes(held_out, config)
     return world, held_out, episodes, beginnings(held_out, episodes, config)
 

@@ -42,7 +42,7 @@ class TrainConfig:
     out: Path
     """Folder of the world."""
     preset: Literal["tiny", "small", "base"] = "small"
-    """Size: about 0.5, 3 or 22 million parameters."""
+    """Size: about 1, 4 or 21 million parameters."""
     kind: DeepKind = "frame-parallel"
     """Which deep flow."""
     bands: int | None = None
