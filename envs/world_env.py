@@ -52,6 +52,12 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     - `certificate`: max|z' - z| between the frame's exact noise and the noise asked for
     - `guided`: whether `guidance` moved the frame, whose likelihood is that of the unguided model all the same
     - `termination_probability`: of ending with this frame
+    - `frames_behind`: 1 with `denoise="lookahead"`, else 0
+
+    `denoise="causal"` shows clean frames, `denoise="lookahead"` cleaner ones: cleaning one takes the next, so frame, reward,
+    termination and info of a step are those of the frame before. The first step repeats the last observed frame, without
+    a reward, and the end of an episode comes one step after its last action, whatever the action is then. Likelihoods
+    are those of the noised frames, which the world goes on from.
 
     An episode is a function of its seed, its observed frames and its actions.
 
@@ -59,7 +65,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
         render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step.
-        decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance) to set.
+        decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise) to set.
 
     Raises:
         ValueError: if there is no such world or an argument is out of range.
@@ -232,6 +238,7 @@ def check_state_is_of(world: World, state: WorldState, checksum: int) -> None:
             f"state: expected one of {world.name} on {world.device}, got one of another world, on {state.frames.device}. "
             "Restore it in an environment of the world it was saved from."
         )
+    world.check_state(state)
 
 
 def step_info(output: WorldOutput) -> dict[str, Tensor]:
@@ -242,6 +249,7 @@ def step_info(output: WorldOutput) -> dict[str, Tensor]:
         "sweeps": output.sweeps,
         "certificate": output.certificate.double(),
         "guided": output.guided,
+        "frames_behind": output.frames_behind,
         "termination_probability": output.termination_probability.double(),
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sfv_world.codec.pixels import PixelCodec, PixelCodecConfig
 from sfv_world.control.encoder import ControlEncoder
 from sfv_world.control.spaces import action_size
+from sfv_world.denoiser import Denoiser
 from sfv_world.flow.model import DeepKind, Encoding, FlowConfig, VideoFlow
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.heads import Outcome, OutcomeHeads
@@ -31,6 +32,8 @@ class ModelConfig:
     """Standard deviation of the noise added to pixels in [-1, 1]; the density is over noised frames."""
     control_tokens: int = 4
     """Control tokens a frame."""
+    denoiser: TransformerConfig | None = None
+    """The network that cleans frames; none: they are shown with their noise."""
 
     def __post_init__(self) -> None:
         expected = (self.codec.channels, self.codec.grid)
@@ -66,6 +69,17 @@ class WorldModel(nn.Module):
         self.controls = ControlEncoder(action_size(action_space), config.flow.control_width, config.control_tokens)
         self.flow = VideoFlow(config.flow)
         self.heads = OutcomeHeads(config.flow.deep.width)
+        self.denoiser: Denoiser | None = None
+        if config.denoiser:
+            width = config.flow.deep.width
+            self.denoiser = Denoiser(
+                config.denoiser, channels=config.flow.channels, grid=config.flow.grid, features=width
+            )
+
+    @property
+    def token_noise(self) -> Float[Tensor, "c"]:
+        """Standard deviation of the noise in every channel of a token."""
+        return self.config.noise / self.codec.scale
 
     def noised_tokens(
         self,
@@ -109,12 +123,13 @@ def model_config(
     bands: int | None = None,
     window: int = 6,
     noise: float = 0.05,
+    denoiser: bool = True,
 ) -> ModelConfig:
     """A configuration from one dial: `size` layers deep, 48 channels wide a layer.
 
     The shallow blocks are half as wide: as many as there are `bands` of equal steps of spatial frequency (default: 6), or two
-    in raster order if there are none (the default of the autoregressive kind). Size 4 has about 4 million parameters, size 8
-    about 21 million.
+    in raster order if there are none (the default of the autoregressive kind). So is the denoiser, of two layers. Size 4 has
+    about 4 million parameters, size 8 about 21 million.
     """
     bands = (min(6, patch**2) if kind == "frame-parallel" else 0) if bands is None else bands
     codec = PixelCodecConfig(height, width, patch)
@@ -125,4 +140,4 @@ def model_config(
     flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, kind=kind)
     if kind == "autoregressive":
         flow = replace(flow, draft_width=shallow.width)
-    return ModelConfig(codec, flow, noise)
+    return ModelConfig(codec, flow, noise, denoiser=replace(shallow, depth=2) if denoiser else None)

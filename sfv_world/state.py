@@ -1,17 +1,78 @@
-"""Where imagined rows stand: a value that can be copied, selected, repeated, joined and kept in a file."""
+"""What a world says of a frame, and where imagined rows stand: a value that can be copied, selected, joined and kept in a file."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sfv_world.decoding.frames import StreamState
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
+
+
+class WorldOutput(NamedTuple):
+    """What a world says of its next frame, by row."""
+
+    frames: UInt8[Tensor, "b h w 3"]
+    """The frame: when imagined, noised as the model sees it, or clean if denoising was asked for; when observed, as given."""
+    log_likelihood: Float[Tensor, "b"]
+    """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]."""
+    bits_per_dim: Float[Tensor, "b"]
+    """The same in bits per colour value, negated: lower is likelier."""
+    rewards: Float[Tensor, "b 2"]
+    """Expected reward if the episode goes on (0) and if it ends with this frame (1)."""
+    termination_probability: Float[Tensor, "b"]
+    """Probability that the episode ends with this frame."""
+    terminated: Bool[Tensor, "b"]
+    """A draw with that probability, from the row's own randomness."""
+    sweeps: Int[Tensor, "b"]
+    """Passes of the deep flow."""
+    shallow_sweeps: Int[Tensor, "b"]
+    """Passes of the shallow blocks, all together."""
+    certificate: Float[Tensor, "b"]
+    """max|z' - z| between the frame's exact noise and the noise asked for."""
+    guided: Bool[Tensor, "b"]
+    """Whether guidance moved the frame: it is then no draw from the density that scores it."""
+    noise: Float[Tensor, "b l c"]
+    """The frame's exact noise."""
+    frames_behind: Int[Tensor, "b"]
+    """Frames that are known after the one told of: 0, or 1 with look-ahead."""
+
+    @property
+    def reward(self) -> Float[Tensor, "b"]:
+        """Expected reward given `terminated`."""
+        return self.rewards.gather(-1, self.terminated.long()[:, None])[:, 0]
+
+
+class Held(NamedTuple):
+    """The newest frame of rows that look ahead: shown and told of at the next step, when the frame after it is known."""
+
+    output: WorldOutput
+    """What is to be said of it."""
+    features: Float[Tensor, "b l w"]
+    """The deep flow's features of it."""
+    imagined: Bool[Tensor, "b"]
+    """Whether it was imagined, and not observed."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Held":
+        """The same with `function` of every tensor."""
+        return Held(WorldOutput(*map(function, self.output)), function(self.features), function(self.imagined))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name."""
+        output = {f"held.output.{name}": tensor for name, tensor in self.output._asdict().items()}
+        return {**output, "held.features": self.features, "held.imagined": self.imagined}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "Held":
+        """What is held in the state whose `tensors` these are."""
+        output = WorldOutput(*(tensors[f"held.output.{name}"] for name in WorldOutput._fields))
+        return cls(output, tensors["held.features"], tensors["held.imagined"])
 
 
 @dataclass
@@ -21,11 +82,13 @@ class WorldState:
     stream: StreamState
     """The flow's memory of the past."""
     frames: UInt8[Tensor, "b h w 3"]
-    """The last frame, as `WorldOutput.frames` has it."""
+    """The last frame that was shown, as `WorldOutput.frames` has it."""
     seeds: Int[np.ndarray, "b"]
     """Seed of every row."""
     ages: Int[np.ndarray, "b"]
     """Number of every row's next frame since its reset."""
+    held: Held | None = None
+    """What look-ahead has still to show; none without it."""
     spent: bool = False
     """Whether this state was used up."""
 
@@ -38,7 +101,8 @@ class WorldState:
         self.check()
         index = np.atleast_1d(np.arange(len(self))[rows])
         places = torch.from_numpy(index).to(self.frames.device)
-        return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index])
+        held = self.held and self.held.map(lambda tensor: tensor[places])
+        return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index], held)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state but its clock, by name."""
@@ -52,7 +116,7 @@ class WorldState:
                 f"{index}.mu": stage.fields.mu,
                 f"{index}.sigma": stage.fields.sigma,
             }
-        return tensors
+        return tensors | (self.held.tensors() if self.held else {})
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], clock: int) -> "WorldState":
@@ -62,7 +126,8 @@ class WorldState:
         deep, *shallow = [Stage(tokens, Fields(mu, sigma)) for tokens, mu, sigma in parts]
         cache = FrameCache(tensors["keys"], tensors["values"], tensors["visible"], clock)
         stream = StreamState(cache, tensors["tokens"], deep, shallow)
-        return cls(stream, tensors["frames"], tensors["seeds"].cpu().numpy(), tensors["ages"].cpu().numpy())
+        held = Held.of(tensors) if "held.features" in tensors else None
+        return cls(stream, tensors["frames"], tensors["seeds"].cpu().numpy(), tensors["ages"].cpu().numpy(), held)
 
     @property
     def clock(self) -> int:
@@ -75,6 +140,9 @@ class WorldState:
         places = torch.from_numpy(rows).to(self.frames.device)
         self.stream.put(places, other.stream)
         self.frames = self.frames.index_put((places,), other.frames)  # a new one: outputs share the old one
+        if self.held and other.held:
+            mine, theirs = self.held.tensors(), other.held.tensors()
+            self.held = Held.of({name: tensor.index_put((places,), theirs[name]) for name, tensor in mine.items()})
         self.seeds[rows], self.ages[rows] = other.seeds, other.ages
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, SupportsInt
 import gymnasium as gym
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -22,43 +22,11 @@ from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.frames import FrameReport, check_decoding, imagine_frame, read_frame, read_video
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.heads import Outcome
+from sfv_world.denoiser import Seen
 from sfv_world.model import WorldModel
-from sfv_world.state import WorldState
+from sfv_world.state import Held, WorldOutput, WorldState
 
 SHIPPED = Path(__file__).parent / "checkpoints"
-
-
-class WorldOutput(NamedTuple):
-    """What a world says of its next frame, by row."""
-
-    frames: UInt8[Tensor, "b h w 3"]
-    """The frame: noised as the model sees it when imagined, as given when observed."""
-    log_likelihood: Float[Tensor, "b"]
-    """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]."""
-    bits_per_dim: Float[Tensor, "b"]
-    """The same in bits per colour value, negated: lower is likelier."""
-    rewards: Float[Tensor, "b 2"]
-    """Expected reward if the episode goes on (0) and if it ends with this frame (1)."""
-    termination_probability: Float[Tensor, "b"]
-    """Probability that the episode ends with this frame."""
-    terminated: Bool[Tensor, "b"]
-    """A draw with that probability, from the row's own randomness."""
-    sweeps: Int[Tensor, "b"]
-    """Passes of the deep flow."""
-    shallow_sweeps: Int[Tensor, "b"]
-    """Passes of the shallow blocks, all together."""
-    certificate: Float[Tensor, "b"]
-    """max|z' - z| between the frame's exact noise and the noise asked for."""
-    guided: Bool[Tensor, "b"]
-    """Whether guidance moved the frame: it is then no draw from the density that scores it."""
-    noise: Float[Tensor, "b l c"]
-    """The frame's exact noise."""
-
-    @property
-    def reward(self) -> Float[Tensor, "b"]:
-        """Expected reward given `terminated`."""
-        return self.rewards.gather(-1, self.terminated.long()[:, None])[:, 0]
 
 
 class Score(NamedTuple):
@@ -78,7 +46,7 @@ class Abduction(NamedTuple):
     noise: Float[Tensor, "b t l c"]
     """Exact noise of every frame after the context."""
     frames: UInt8[Tensor, "b t h w 3"]
-    """Those frames as the world sees them, noised: what `step` shows when it decodes their noise."""
+    """Those frames as the world sees them, noised: what `step` shows, without denoising, when it decodes their noise."""
     log_likelihood: Float[Tensor, "b t"]
     """Theirs, as in `WorldOutput`."""
     world: int
@@ -185,6 +153,9 @@ class World:
     def step(self, state: WorldState, actions: Any, noise: Any = None) -> tuple[WorldState, WorldOutput]:
         """Imagines the next frame of every row.
 
+        With `decoding.denoise` "lookahead", all that is returned tells of the frame before it; the first step tells of the last
+        observed frame, and after a frame that ended the episode one more step is needed to be told of it.
+
         Args:
             state: where the rows stand; used up.
             actions: an action per row; None where the model shall not know of one.
@@ -193,23 +164,34 @@ class World:
         Raises:
             ValueError: if the state was used up, the actions are not of the space or the noise is not of the world.
         """
-        check_decoding(self.model.flow, self.decoding)
+        self.check_state(state)
         controls = self._controls(state, actions)
         unguided = self._controls(state, None) if self.decoding.guidance else None
         z = self._drawn_noise(state) if noise is None else self._given_noise(noise, len(state))
-        state.spent = True
+        state.spent, before = True, state.stream.tokens
         report = imagine_frame(self.model.flow, state.stream, z, controls, self.decoding, unguided)
-        frames = self.model.codec.frames(self.model.codec.decode(state.stream.tokens))
-        return self._next(state, report, frames, guided=unguided is not None)
+        tokens = state.stream.tokens
+        if self.decoding.denoise == "causal":
+            tokens = self._clean(Seen(tokens, report.features))
+        output = self._output(state.seeds, state.ages, report, self._shown(tokens), unguided is not None)
+        return self._next(state, Held(output, report.features, torch.ones_like(output.terminated)), before)
 
     @torch.no_grad()
     def observe(self, state: WorldState, actions: Any, frames: Any) -> tuple[WorldState, WorldOutput]:
-        """Reads the next frame of every row, which is given, (B, H, W, 3) uint8; otherwise as `step`."""
+        """Reads the next frame of every row, which is given, (B, H, W, 3) uint8; otherwise as `step`.
+
+        With look-ahead, what is returned tells of the frame before, here too.
+        """
+        self.check_state(state)
         controls = self._controls(state, actions)
         frames = self._frames(frames, 4)
         if len(frames) != len(state):
             raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
-        return self._observe(state, controls, frames)
+        tokens = self._noised(frames[:, None], state.seeds, state.ages)[:, 0]
+        state.spent, before = True, state.stream.tokens
+        report = read_frame(self.model.flow, state.stream, tokens, controls)
+        output = self._output(state.seeds, state.ages, report, frames)
+        return self._next(state, Held(output, report.features, torch.zeros_like(output.terminated)), before)
 
     @torch.no_grad()
     def abduct(self, frames: Any, actions: Any = None, seeds: Any = None, context: int = 1) -> Abduction:
@@ -235,15 +217,16 @@ class World:
                 f"context: expected 1 to {count - 1} of the {count} frames, got {context}. Give more frames, or read fewer first."
             )
         vectors, known = self._past_actions(actions, rows, count)
-        state = self._reset(frames[:, :context], vectors[:, :context], known[:, :context], self._seeds(seeds, rows))
-        start, seen, outputs = state[:], [], []
+        row_seeds = self._seeds(seeds, rows)
+        start = self._reset(frames[:, :context], vectors[:, :context], known[:, :context], row_seeds)
+        tokens = self._noised(frames[:, context:], row_seeds, start.ages)
+        stream, reports = start[:].stream, []
         for n in range(context, count):
-            state, output = self._observe(state, self.model.controls(vectors[:, n], known[:, n]), frames[:, n])
-            outputs.append(output)
-            seen.append(self.model.codec.frames(self.model.codec.decode(state.stream.tokens)))
-        noise = torch.stack([output.noise for output in outputs], dim=1)
-        log_likelihood = torch.stack([output.log_likelihood for output in outputs], dim=1)
-        return Abduction(start, noise, torch.stack(seen, dim=1), log_likelihood, self.checksum)
+            controls = self.model.controls(vectors[:, n], known[:, n])
+            reports.append(read_frame(self.model.flow, stream, tokens[:, n - context], controls))
+        noise = torch.stack([report.noise for report in reports], dim=1)
+        log_likelihood = torch.stack([report.log_prob for report in reports], dim=1).sum(-1) + self.model.codec.log_det
+        return Abduction(start, noise, self._shown(tokens), log_likelihood, self.checksum)
 
     @torch.no_grad()
     def at_clock(self, state: WorldState, clock: int) -> WorldState:
@@ -283,24 +266,31 @@ class World:
         clock: int | None = None,
         noised: bool = False,
     ) -> WorldState:
+        self._check_decoding()
         tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64), 0.0 if noised else 1.0)
-        stream, _ = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
-        return WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
+        stream, encoding = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
+        state = WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
+        if (
+            self.decoding.denoise == "lookahead"
+        ):  # the first step tells of the last observed frame, which earned nothing
+            last = (x[:, -1] for x in (encoding.log_prob, encoding.noise, encoding.features))
+            report = FrameReport.of_read(self.model.flow, *last)
+            output = self._output(seeds, state.ages - 1, report, frames[:, -1])
+            goes_on = torch.zeros_like(output.terminated)
+            output = output._replace(terminated=goes_on, rewards=torch.zeros_like(output.rewards))
+            state.held = Held(output, encoding.features[:, -1], goes_on)
+        return state
 
-    def _observe(self, state: WorldState, controls: Tensor, frames: Tensor) -> tuple[WorldState, WorldOutput]:
-        tokens = self._noised(frames[:, None], state.seeds, state.ages)[:, 0]
-        state.spent = True
-        return self._next(state, read_frame(self.model.flow, state.stream, tokens, controls), frames)
-
-    def _next(
-        self, state: WorldState, report: FrameReport, frames: Tensor, guided: bool = False
-    ) -> tuple[WorldState, WorldOutput]:
+    def _output(
+        self, seeds: np.ndarray, ages: np.ndarray, report: FrameReport, frames: Tensor, guided: bool = False
+    ) -> WorldOutput:
+        """What is to be said of the frames numbered `ages`."""
         log_likelihood = report.log_prob.sum(-1) + self.model.codec.log_det
-        outcome: Outcome = self.model.heads(report.features)
+        outcome = self.model.heads(report.features)
         probability = outcome.termination_probability
-        draws = [self._rng(state, row, 1).random(dtype=np.float32) for row in range(len(state))]
+        draws = [_generator(seed, age, 1).random(dtype=np.float32) for seed, age in zip(seeds, ages, strict=True)]
         terminated = torch.tensor(np.stack(draws), device=self.device) < probability
-        output = WorldOutput(
+        return WorldOutput(
             frames=frames,
             log_likelihood=log_likelihood,
             bits_per_dim=self._bits(log_likelihood),
@@ -312,18 +302,54 @@ class World:
             certificate=report.certificate,
             guided=torch.full_like(terminated, guided),
             noise=report.noise,
+            frames_behind=torch.zeros_like(report.sweeps),
         )
-        return WorldState(state.stream, frames, state.seeds, state.ages + 1), output
+
+    def _next(self, state: WorldState, newest: Held, before: Tensor) -> tuple[WorldState, WorldOutput]:
+        """The state after a frame, and what is said at that step; `before` are the tokens of the frame before it."""
+        output, held = newest.output, None
+        if state.held is not None:
+            output, held = state.held.output, newest
+            following = Seen(state.stream.tokens, newest.features)
+            clean = self._shown(self._clean(Seen(before, state.held.features), following, ~output.terminated))
+            frames = torch.where(state.held.imagined[:, None, None, None], clean, output.frames)
+            output = output._replace(frames=frames, frames_behind=torch.ones_like(output.frames_behind))
+        return WorldState(state.stream, output.frames, state.seeds, state.ages + 1, held), output
+
+    def _clean(self, frame: Seen, following: Seen | None = None, shown: Tensor | None = None) -> Tensor:
+        """Clean tokens, by Tweedie's formula; nothing follows the last frame of an episode."""
+        assert self.model.denoiser is not None, "_check_decoding has seen to it"
+        return frame.tokens + self.model.token_noise * self.model.denoiser(frame, following, shown)
+
+    def _shown(self, tokens: Tensor) -> Tensor:
+        return self.model.codec.frames(self.model.codec.decode(tokens))
+
+    def check_state(self, state: WorldState) -> None:
+        """Raises a ValueError unless the world can go on from `state` as it decodes now."""
+        self._check_decoding()
+        state.check()
+        ahead = self.decoding.denoise == "lookahead"
+        if ahead != (state.held is not None):
+            raise ValueError(
+                f"state: expected one of a world with{'' if ahead else 'out'} look-ahead, got one with{'out' if ahead else ''}. "
+                "Reset with the same denoise option."
+            )
+
+    def _check_decoding(self) -> None:
+        check_decoding(self.model.flow, self.decoding)
+        if self.decoding.denoise != "none" and self.model.denoiser is None:
+            raise ValueError(
+                f"denoise: expected 'none' for {self.name}, a world without a denoiser, got {self.decoding.denoise!r}. "
+                "Train one along (`sfv-world train`)."
+            )
 
     def _bits(self, log_likelihood: Tensor) -> Tensor:
         return -log_likelihood / (math.log(2) * self.model.config.colour_values)
 
-    def _rng(self, state: WorldState, row: int, purpose: int = 0) -> np.random.Generator:
-        return _generator(state.seeds[row], state.ages[row], purpose)
-
     def _drawn_noise(self, state: WorldState) -> Tensor:
         shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
-        noise = [self._rng(state, row).standard_normal(shape, dtype=np.float32) for row in range(len(state))]
+        rows = zip(state.seeds, state.ages, strict=True)
+        noise = [_generator(seed, age, 0).standard_normal(shape, dtype=np.float32) for seed, age in rows]
         return self.decoding.temperature * torch.from_numpy(np.stack(noise)).to(self.device)
 
     def _given_noise(self, noise: Any, rows: int) -> Tensor:

@@ -75,6 +75,12 @@ class FrameReport(NamedTuple):
     certificate: Float[Tensor, "b"]
     """max|z' - z| between its exact noise and the noise asked for; 0 for a frame that was read."""
 
+    @classmethod
+    def of_read(cls, flow: VideoFlow, log_prob: Tensor, noise: Tensor, features: Tensor) -> "FrameReport":
+        """The report of frames that were read, in one pass of every block."""
+        ones = torch.ones(len(noise), dtype=torch.long, device=noise.device)
+        return cls(log_prob, noise, features, ones, ones * len(flow.shallow.blocks), torch.zeros_like(log_prob[:, 0]))
+
 
 def read_video(
     flow: VideoFlow,
@@ -115,11 +121,8 @@ def read_frame(
         features, fields = _read_latents(flow, state, latents, controls)
     noise, deep_log_det = fields.normalise(latents)
     _advance(state, tokens, Stage(latents, fields), shallow)
-    ones = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
     log_prob = standard_normal_log_prob(noise) + log_det + deep_log_det
-    return FrameReport(
-        log_prob, noise, features, ones, ones * len(flow.shallow.blocks), torch.zeros_like(log_prob[:, 0])
-    )
+    return FrameReport.of_read(flow, log_prob, noise, features)
 
 
 def imagine_frame(

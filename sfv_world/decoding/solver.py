@@ -20,6 +20,7 @@ from sfv_world.flow.shallow import Stage
 from sfv_world.flow.transformer import SlotTransformer
 
 Draft = Literal["fields", "tokens", "noise", "zeros", "learned"]
+Denoise = Literal["none", "causal", "lookahead"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class DecodingConfig:
     guidance: float = 0.0
     """Weight w of guidance on the action: p(frame | action)^(1+w) / p(frame | no action)^w, channel by channel; 0 samples the
     model's distribution. Likelihoods stay those of the unguided model."""
+    denoise: Denoise = "none"
+    """What is shown of a frame: itself, noised; clean, as far as it and the past tell ("causal"); or cleaner, once the next
+    frame is known ("lookahead"): all that is said is then said one step later. The world goes on from noised frames."""
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
@@ -50,6 +54,8 @@ class DecodingConfig:
                 raise ValueError(f"{name}: expected None or at least 1, got {value}.")
         if self.draft not in get_args(Draft):
             raise ValueError(f"draft: expected one of {get_args(Draft)}, got {self.draft!r}.")
+        if self.denoise not in get_args(Denoise):
+            raise ValueError(f"denoise: expected one of {get_args(Denoise)}, got {self.denoise!r}.")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}.")
         if not self.guidance >= 0:

@@ -1,6 +1,7 @@
 """The training loss: exact negative log-likelihood of noised frames, plus the outcome heads.
 
-STARFlow-V (arXiv 2511.20462) without its denoiser: log p is maximised with every term, weighted towards what moves.
+STARFlow-V (arXiv 2511.20462): log p is maximised with every term, weighted towards what moves. Every few steps it is not
+weighted; the gradient of such a loss with respect to its input is the flow's score, which the denoiser learns.
 """
 
 import math
@@ -57,32 +58,55 @@ class ObjectiveConfig:
     """Weight of the learned draft's error; it moves the draft network alone."""
     first_frame_weight: float = 1.0
     """Weight of the first frame of a clip, which nothing precedes."""
+    score_every: int = 4
+    """Of so many steps one is the plain likelihood alone, from whose gradient the denoiser learns."""
+
+    def __post_init__(self) -> None:
+        if self.score_every < 1:
+            raise ValueError(f"score_every: expected at least 1, got {self.score_every}.")
+
+
+class Loss(NamedTuple):
+    """The loss of a batch, and what the denoiser can learn from its gradient."""
+
+    value: Tensor
+    metrics: dict[str, Tensor]
+    """Its parts, detached."""
+    tokens: Float[Tensor, "b t l c"]
+    """What the model read: a leaf, if the loss is the plain likelihood."""
+    features: Float[Tensor, "b t l w"]
+    """The deep flow's features of it, detached."""
+    weights: Float[Tensor, "b t"]
+    """Weight of each frame in the flow's part."""
 
 
 def world_loss(
-    model: WorldModel, batch: Batch, config: ObjectiveConfig, generator: torch.Generator
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch and its detached parts.
+    model: WorldModel, batch: Batch, config: ObjectiveConfig, generator: torch.Generator, plain: bool = False
+) -> Loss:
+    """The loss of a batch.
 
     The flow's part is the mean negative log-likelihood in nats a colour value, weighted by `motion_weights`. Padded frames
-    count nowhere; an ended game's repeated screen is no target for the flow, and the first frame none for the heads.
+    count nowhere; an ended game's repeated screen is no target for the flow, and the first frame none for the heads. A `plain`
+    loss is the flow's part alone, without any weights: see `score_loss`.
     """
     shape, device = batch.frames.shape, batch.frames.device
     uniform = torch.rand(shape, generator=generator, device=device)
     normal = torch.randn(shape, generator=generator, device=device)
     kept = torch.rand(batch.known.shape, generator=generator, device=device) >= config.action_dropout
-    tokens = model.noised_tokens(batch.frames, uniform, normal)
+    tokens = model.noised_tokens(batch.frames, uniform, normal).requires_grad_(plain)
     reading = model(tokens, batch.actions, batch.known & kept)
     nats = -reading.log_likelihood / model.config.colour_values
-    share = motion_weights(tokens, model, config.motion_weight)
+    share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight)
     weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.colour_values
 
     later = torch.arange(shape[1], device=device) > 0
-    weights = (batch.valid & ~batch.terminal) * torch.where(later, 1.0, config.first_frame_weight)
+    weights = (batch.valid & ~batch.terminal) * torch.where(later | plain, 1.0, config.first_frame_weight)
     reward, termination = model.heads.loss(reading.outcome, batch.rewards, batch.terminations)
     reward, termination = (_mean(part, (batch.valid & later).float()) for part in (reward, termination))
     flow = _mean(weighted, weights)
-    loss = flow + config.reward_weight * reward + config.termination_weight * termination
+    loss = flow
+    if not plain:
+        loss = loss + config.reward_weight * reward + config.termination_weight * termination
     drafts = {}
     if reading.draft_error is not None:  # moves the draft network alone
         drafts["draft_error"] = _mean(reading.draft_error.mean(-1), weights[:, 1:])
@@ -95,7 +119,32 @@ def world_loss(
         "termination_loss": termination,
         **drafts,
     }
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    return Loss(loss, metrics, tokens, reading.encoding.features.detach(), weights)
+
+
+def score_loss(model: WorldModel, loss: Loss, generator: torch.Generator) -> Tensor:
+    """How far the denoiser is from sigma times the score: the mean square, after the backward pass of a `plain` loss.
+
+    The score is that of whole clips; of half of the frames, by chance, the denoiser does not see the next one, so that it
+    learns to do without.
+    """
+    assert model.denoiser is not None and loss.tokens.grad is not None, "the trainer asks where there are both"
+    dimensions = model.config.colour_values * loss.weights.sum().clamp(min=1e-9)
+    target = -dimensions * model.token_noise * loss.tokens.grad
+    shown = torch.rand(loss.weights.shape, generator=generator, device=target.device) < 0.5
+    score = model.denoiser.video(loss.tokens.detach(), loss.features, shown)
+    return _mean((score - target).square().mean((-1, -2)), loss.weights)
+
+
+def noise_left(model: WorldModel, batch: Batch, loss: Loss) -> Tensor:
+    """Mean square of what the denoiser leaves of the noise when it sees nothing ahead; 1 if it does nothing."""
+    assert model.denoiser is not None, "the trainer asks where there is one"
+    clean = model.codec.encode(model.codec.pixels(batch.frames))
+    shown = torch.zeros_like(loss.weights, dtype=torch.bool)
+    score = model.denoiser.video(loss.tokens, loss.features, shown)
+    error = (loss.tokens - clean) / model.token_noise + score
+    return _mean(error.square().mean((-1, -2)), loss.weights)
 
 
 def motion_weights(tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: float) -> Float[Tensor, "b t l"]:

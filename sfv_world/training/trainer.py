@@ -25,7 +25,7 @@ from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
 from sfv_world.model import WorldModel, model_config
-from sfv_world.training.objective import Batch, ObjectiveConfig, world_loss
+from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
 from sfv_world.world import World, save_starts
 
 PRESETS = {"tiny": 2, "small": 4, "base": 8}
@@ -75,6 +75,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     ema: float = 0.998
     """Decay of the moving average of the weights, a step."""
+    denoiser: bool = True
+    """Whether to train a denoiser along."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Parts of the loss."""
     held_out: float = 0.05
@@ -123,6 +125,7 @@ class Trainer:
             bands=config.bands,
             window=config.window,
             noise=config.noise,
+            denoiser=config.denoiser,
         )
         self.model = WorldModel(shape, episodes.action_space).to(config.device)
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
@@ -135,6 +138,9 @@ class Trainer:
             if theirs.flow.bands != shape.flow.bands:  # another kind of shallow flow begins anew
                 weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
                 theirs = replace(theirs, flow=replace(theirs.flow, bands=shape.flow.bands))
+            if None in (theirs.denoiser, shape.denoiser):  # one of them has no denoiser
+                weights = {name: w for name, w in weights.items() if not name.startswith("denoiser.")}
+                theirs = replace(theirs, denoiser=shape.denoiser)
             if (theirs, before.action_space) != (shape, episodes.action_space):
                 raise ValueError(
                     f"init: expected a world of the shape {shape} for actions {episodes.action_space}, got {before.config} "
@@ -142,9 +148,16 @@ class Trainer:
                 )
             self.model.load_state_dict(self.model.state_dict() | weights)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
-        )
+        apart = list(self.model.denoiser.parameters()) if self.model.denoiser else []
+        own = {id(parameter) for parameter in apart}
+        parts = {"flow": [p for p in self.model.parameters() if id(p) not in own], "denoiser": apart}
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                _decay_groups(parameters, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
+            )
+            for name, parameters in parts.items()
+            if parameters
+        }
         self.step, self.elapsed = 0, 0.0
         self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed)
         if config.resume:
@@ -196,13 +209,14 @@ class Trainer:
         model, config = self.averaged, self.config
         sampler = ClipSampler(self.held_out, config.clip, 16, seed=1)
         generator = torch.Generator(config.device).manual_seed(config.seed)
-        objective = ObjectiveConfig(action_dropout=0.0)
+        objective, found = ObjectiveConfig(action_dropout=0.0), []
         model.eval()
         with torch.no_grad():
-            found = [
-                world_loss(model, Batch.from_clips(sampler.batch(index), model), objective, generator)[1]
-                for index in range(batches)
-            ]
+            for index in range(batches):
+                batch = Batch.from_clips(sampler.batch(index), model)
+                loss = world_loss(model, batch, objective, generator)
+                left = {"noise_left": noise_left(model, batch, loss)} if model.denoiser else {}
+                found.append(loss.metrics | left)
         return {name: float(np.mean([metrics[name].item() for metrics in found])) for name in found[0]}
 
     def save(self, validation: dict[str, float]) -> None:
@@ -218,8 +232,9 @@ class Trainer:
         }
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         state |= {f"average.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{index}.{name}": value for name, value in slots.items()}
+        for part, optimizer in self.optimizers.items():
+            for index, slots in optimizer.state_dict()["state"].items():
+                state |= {f"{part}.{index}.{name}": value for name, value in slots.items()}
         metadata = {"step": str(self.step), "elapsed": repr(self.elapsed), "config": json.dumps(self._identity())}
         save_tensors(config.out / STATE, state, metadata)
         save_starts(config.out, self.held_out)
@@ -227,25 +242,40 @@ class Trainer:
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * self._schedule()
+        rate = config.learning_rate * self._schedule()
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         generator = torch.Generator(config.device).manual_seed(config.seed * 1_000_003 + self.step)
         batch = Batch.from_clips(self.sampler.batch(self.step), self.model)
+        plain = "denoiser" in self.optimizers and self.step % config.objective.score_every == 0
         with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.device.startswith("cuda")):
-            loss, metrics = world_loss(self.model, batch, config.objective, generator)
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        if not torch.isfinite(loss) or not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"step {self.step}: the loss is {loss.item()} and its gradient {norm.item()}, expected finite numbers. "
-                f"{config.out} keeps the last good checkpoint; go on from it with --resume and a lower --learning-rate."
-            )
-        self.optimizer.step()
+            loss = world_loss(self.model, batch, config.objective, generator, plain)
+        values = {name: value.item() for name, value in loss.metrics.items()}
+        values["gradient_norm"] = self._update("flow", loss.value)
+        if plain:
+            with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.device.startswith("cuda")):
+                error = score_loss(self.model, loss, generator)
+            values["score_loss"] = error.item()
+            self._update("denoiser", error)
         self.average.update_parameters(self.model)
         self.step += 1
-        values = {name: value.item() for name, value in metrics.items()}
-        return {**values, "gradient_norm": norm.item(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return {**values, "learning_rate": rate}
+
+    def _update(self, part: str, loss: torch.Tensor) -> float:
+        """One step of a part's optimiser; gives the norm of the gradient."""
+        config, optimizer = self.config, self.optimizers[part]
+        optimizer.zero_grad()
+        loss.backward()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip).item()
+        if not (torch.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {self.step}: the {part}'s loss is {loss.item()} and its gradient {norm}, expected finite numbers. "
+                f"{config.out} keeps the last good checkpoint; go on from it with --resume and a lower --learning-rate."
+            )
+        optimizer.step()
+        return norm
 
     def _progress(self) -> float:
         by_steps = self.step / self.config.steps if self.config.steps else 0.0
@@ -281,17 +311,18 @@ class Trainer:
             raise ValueError(
                 f"resume: expected the configuration of the run in {self.config.out}, got {changed} (then, now)."
             )
-        parts: dict[str, dict[str, Any]] = {"model": {}, "average": {}, "optimizer": {}}
+        parts: dict[str, dict[str, Any]] = {name: {} for name in ("model", "average", *self.optimizers)}
         for name, tensor in tensors.items():
             part, rest = name.split(".", 1)
             parts[part][rest] = tensor
         self.model.load_state_dict(parts["model"])
         self.averaged.load_state_dict(parts["average"])
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, slot = name.split(".", 1)
-            state.setdefault(int(index), {})[slot] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        for part, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, Any]] = {}
+            for name, tensor in parts[part].items():
+                index, slot = name.split(".", 1)
+                state.setdefault(int(index), {})[slot] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.step, self.elapsed = int(metadata["step"]), float(metadata["elapsed"])
         self.average.n_averaged.fill_(self.step)
 
@@ -307,9 +338,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     return Trainer(config).run()
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only."""
-    parameters = list(model.parameters())
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
