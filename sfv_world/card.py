@@ -51,6 +51,23 @@ def tables(results: dict[str, Any]) -> str:
         f"**Reward**, given whether the episode ended: mean absolute error {outcomes['reward_mean_absolute_error']:.3f} (of the mean "
         f"reward: {outcomes['reward_mean_absolute_error_of_the_mean']:.3f}), bias {outcomes['reward_bias']:+.3f}.",
     ]
+    if "denoising" in results:
+        lines += [
+            "",
+            "**Denoising** of held-out frames (to the clean ones, half a clip before them and one frame after):",
+            "",
+        ]
+        lines += ["| shown | PSNR, dB | flicker, levels |", "| --- | --- | --- |"]
+        names = {
+            "none": "the noised frame",
+            "raw_score": "moved along the flow's own score, by autograd",
+            "causal": '`denoise="causal"`',
+            "lookahead": '`denoise="lookahead"`',
+        }
+        for key, name in names.items():
+            lines.append(
+                f"| {name} | {results['denoising'][key]['psnr']:.2f} | {results['denoising'][key]['flicker']:.2f} |"
+            )
     return "\n".join(lines)
 
 

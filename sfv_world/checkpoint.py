@@ -52,7 +52,8 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[s
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            # Copies lie as torch aligns its own tensors: sums over them round as they did before they were saved.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a safetensors file, found none.") from None
     except (SafetensorError, OSError) as error:

@@ -14,6 +14,7 @@ from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
 from sfv_world.film import write_image, write_video
+from sfv_world.world import load_world
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ def demo(config: DemoConfig) -> Path:
 
     Each pair of strips is an imagined episode above the real one, under the same actions.
     """
-    env = gym.make("sfv_world/World-v0", world=config.world, device=config.device)
-    recipe = env.unwrapped.world.about["data"]["recipe"]  # type: ignore[attr-defined]
+    world = load_world(config.world, config.device)
+    denoise = "lookahead" if world.model.denoiser else "none"
+    env = gym.make("sfv_world/World-v0", world=world, denoise=denoise)
+    recipe = world.about["data"]["recipe"]
     size, skip = recipe["size"], recipe["frame_skip"]
     real = make_real(config.env or recipe["env"], size=size, frame_skip=skip)
     recording = CollectConfig(env=recipe["env"], out=config.out, size=size, frame_skip=skip, seed=config.seed)
@@ -73,20 +76,31 @@ def demo(config: DemoConfig) -> Path:
 def _imagine(
     env: gym.Env[Any, Any], frames: np.ndarray, actions: Any, config: DemoConfig, index: int, last: int
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """Resets to the beginning of a real episode and steps on with its actions, to the end of either."""
+    """Resets to the beginning of a real episode and steps on with its actions, to the end of either.
+
+    With look-ahead, the first step tells of the last observed frame, and one more step of the last imagined one.
+    """
     past = {"frames": frames[: config.context], "actions": actions[: config.context - 1]}
     env.reset(seed=config.seed + index, options=past)
-    imagined = []
-    for number in tqdm(range(config.context - 1, last - 1), desc=f"episode {index}", unit="frame"):
-        frame, reward, terminated, truncated, info = env.step(actions[number])
+    imagined: list[np.ndarray] = []
+    bar = tqdm(total=last - config.context, desc=f"episode {index}", unit="frame")
+    number = config.context - 1
+    while len(imagined) < last - config.context:
+        frame, reward, terminated, truncated, info = env.step(actions[min(number, last - 2)])
+        number += 1
+        shown = number - info["frames_behind"]
+        if shown < config.context:
+            continue
         imagined.append(frame)
+        bar.update()
         tqdm.write(
-            f"frame {number + 1:3d}  log-likelihood {info['log_likelihood']:9.1f} nats  {info['bits_per_dim']:6.3f} bits/dim  "
+            f"frame {shown:3d}  log-likelihood {info['log_likelihood']:9.1f} nats  {info['bits_per_dim']:6.3f} bits/dim  "
             f"sweeps {info['sweeps']}  certificate {info['certificate']:.1e}  reward {reward:6.1f}  "
             f"p(end) {info['termination_probability']:.2f}"
         )
         if terminated or truncated:
             break
+    bar.close()
     return np.stack(imagined)
 
 

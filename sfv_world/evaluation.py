@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
+from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Episodes, load_episodes, take
 from sfv_world.film import Continuation, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
@@ -58,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "density": density(world, train, held_out, config.frames, config.seed),
         "outcomes": outcomes(world, held_out, config.seed),
         "rollouts": rollouts(world, held_out, config),
+        **({"denoising": denoising(world, held_out, config.clips, config.seed)} if world.model.denoiser else {}),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     folder = config.out or Path(world.folder or ".")
@@ -188,6 +190,46 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
         "shallow_sweeps": float(np.mean([output.shallow_sweeps.float().mean().item() for output in outputs])),
         "largest_certificate": max(output.certificate.max().item() for output in outputs),
     }
+
+
+def denoising(world: World, held_out: Episodes, count: int, seed: int, length: int = 16) -> dict[str, dict[str, float]]:
+    """How close to the clean frame noised held-out frames come, and how much what is left of the noise flickers.
+
+    By way of cleaning: none; the flow's own score by autograd, of the whole clip (Tweedie's formula); the denoiser, causal and
+    with look-ahead. Of frames that have half a clip before them and one after. PSNR in decibels; flicker is the root mean
+    square change of the error from a frame to the next, in levels of 255.
+    """
+    model, clips = world.model, long_clips(held_out, count, length, seed)
+    assert model.denoiser is not None, "the caller asks where there is one"
+    generator = torch.Generator().manual_seed(seed)
+    errors: dict[str, list[torch.Tensor]] = {"none": [], "raw_score": [], "causal": [], "lookahead": []}
+    for part in np.array_split(np.arange(count), math.ceil(count / 4)):
+        frames = torch.from_numpy(clips.frames[part])
+        uniform, normal = torch.rand(frames.shape, generator=generator), torch.randn(frames.shape, generator=generator)
+        frames, uniform, normal = (x.to(world.device) for x in (frames, uniform, normal))
+        tokens = model.noised_tokens(frames, uniform, normal).requires_grad_()
+        past = flatten_actions(model.action_space, take(clips.actions, part), (len(part), length - 1))
+        actions = torch.from_numpy(np.concatenate([np.zeros_like(past[:, :1]), past], axis=1)).to(world.device)
+        known = torch.arange(length, device=world.device).expand(len(part), -1) > 0
+        reading = model(tokens, actions, known)
+        (gradient,) = torch.autograd.grad(reading.log_likelihood.sum(), tokens)
+        with torch.no_grad():
+            features = reading.encoding.features
+            scores = {
+                "none": torch.zeros_like(tokens),
+                "raw_score": model.token_noise * gradient,
+                "causal": model.denoiser.video(tokens, features, torch.zeros_like(known)),
+                "lookahead": model.denoiser.video(tokens, features),
+            }
+            for name, score in scores.items():
+                shown = model.codec.frames(model.codec.decode(tokens + model.token_noise * score)).float()
+                errors[name].append((shown - frames)[:, length // 2 : -1])
+    found = {}
+    for name, parts in errors.items():
+        error = torch.cat(parts)
+        flicker = error.diff(dim=1).square().mean().sqrt().item()
+        found[name] = {"psnr": 10 * math.log10(255**2 / error.square().mean().item()), "flicker": flicker}
+    return found
 
 
 def psnr(imagined: Float[np.ndarray, "b h w 3"], real: UInt8[np.ndarray, "b h w 3"]) -> float:

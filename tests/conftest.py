@@ -33,7 +33,9 @@ def tiny_model(kind: Kind, action_space: spaces.Space, seed: int) -> WorldModel:
     flow = of_kind(FlowConfig(codec.channels, codec.grid, deep, shallow, control_width=8), kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = randomised(WorldModel(ModelConfig(codec, flow, control_tokens=2), action_space), seed, scale=0.04)
+        config = ModelConfig(codec, flow, control_tokens=2, denoiser=shallow)
+        model = randomised(WorldModel(config, action_space), seed, scale=0.04)
+        randomised(model.denoiser, seed, scale=0.3)
         model.codec.scale.uniform_(0.5, 1.5)
     # Rewards of a few units, and about one frame in twenty ends an episode.
     with torch.no_grad():

@@ -60,8 +60,9 @@ def batch(seed: int = 0) -> Batch:
 
 
 def loss(world: WorldModel, data: Batch, seed: int = 0, **config: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss with its own randomness."""
-    return world_loss(world, data, ObjectiveConfig(**config), torch.Generator().manual_seed(seed))
+    """The loss with its own randomness, and its parts."""
+    found = world_loss(world, data, ObjectiveConfig(**config), torch.Generator().manual_seed(seed))
+    return found.value, found.metrics
 
 
 def changed(data: Batch, where: Tensor, *names: str) -> Batch:
