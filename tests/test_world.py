@@ -417,10 +417,11 @@ def test_guidance_moves_a_frame_away_from_what_needs_no_action(build_world, kind
 
 
 def test_what_a_world_cannot_do_is_told_before_a_step(build_world):
-    world = decoding(load_world(build_world("autoregressive")), guidance=1.0)
-    state = world.reset(VIDEO[:, :2], ACTIONS[:, :1])
-    with pytest.raises(ValueError, match=r"guidance: expected 0 for an autoregressive deep flow, got 1.0"):
-        world.step(state, ACTIONS[:, 1])
+    able = load_world(build_world("autoregressive"))
+    world, state = decoding(able, guidance=1.0), able.reset(VIDEO[:, :2], ACTIONS[:, :1])
+    for verb in (lambda: world.reset(VIDEO[:, :2], ACTIONS[:, :1]), lambda: world.step(state, ACTIONS[:, 1])):
+        with pytest.raises(ValueError, match=r"guidance: expected 0 for an autoregressive deep flow, got 1.0"):
+            verb()
     assert not state.spent
     with pytest.raises(ValueError, match=r"guidance: expected at least 0, got -1"):
         decoding(world, guidance=-1.0)

@@ -23,7 +23,7 @@ from sfv_world.envs.world_env import WorldEnv
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), np.uint8)
 OBSERVED = {"frames": FRAMES, "actions": [0, 2, 1, 0]}
-INFO = {"log_likelihood", "bits_per_dim", "sweeps", "certificate", "guided", "termination_probability"}
+INFO = {"log_likelihood", "bits_per_dim", "sweeps", "certificate", "guided", "termination_probability", "frames_behind"}
 
 ONE_KIND = pytest.mark.parametrize("tiny_folder", ["frame-parallel"], indirect=True, ids=[""])
 """For what does not depend on the kind of deep flow."""
