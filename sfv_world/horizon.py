@@ -4,6 +4,7 @@ Episodes begin as held-out ones do and go on under real actions: those of the ep
 `horizon.json`, the plot `horizon.png` and the contact sheet `frames.png`.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -64,6 +65,8 @@ class HorizonConfig:
     window slides on and nothing is ever reset."""
     temperature: float = 1.0
     """Standard deviation of the noise; 1 samples the model's distribution."""
+    project: bool = False
+    """Whether the world goes on from what its denoiser makes of each frame, noised afresh, and not from the frame itself."""
     stop: bool = False
     """Whether an episode counts up to its first termination only; else terminations are reported and nothing more."""
     references: int = 2000
@@ -114,6 +117,10 @@ def horizon(config: HorizonConfig) -> dict[str, Any]:
     """Imagines, prints and writes what was found, and returns it."""
     world = load_world(config.world, config.device)
     world.decoding = replace(world.decoding, temperature=config.temperature)
+    if config.project and world.model.denoiser is None:
+        raise ValueError(
+            f"project: expected a world with a denoiser, got {world.name}, which has none. Train one along."
+        )
     size = float(np.prod(world.frame_shape)) * config.rows * config.frames
     remedy = "Imagine fewer frames or rows."
     check_memory([Need("imagined frames", size)], torch.device("cpu"), remedy)
@@ -163,6 +170,8 @@ def beginnings(held_out: Episodes, episodes: Int[np.ndarray, "b"], config: Horiz
 def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
     """Imagines on and on, under the context policy of the configuration."""
     rows, context = begin.frames.shape[:2]
+    cleaned = copy.copy(world)
+    cleaned.decoding = replace(world.decoding, denoise="causal")
     frames = np.empty((rows, config.frames, *begin.frames.shape[2:]), np.uint8)
     bits, terminated = np.zeros((rows, config.frames)), np.zeros((rows, config.frames), bool)
     state = world.reset(begin.frames, take(begin.actions, np.s_[:, : context - 1]), _seeds(config, rows, 0))
@@ -172,7 +181,14 @@ def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
             past = take(begin.actions, np.s_[:, n : n + context - 1])
             seeds = _seeds(config, rows, n // config.restart)  # else every chunk would be made of the same noise
             state = world.reset(frames[:, n - context : n], past, seeds, noised=True)
-        state, output = world.step(state, take(begin.actions, np.s_[:, context - 1 + n]))
+        action = take(begin.actions, np.s_[:, context - 1 + n])
+        if config.project:
+            _, output = cleaned.step(state[:], action)
+            state, _ = world.observe(state, action, output.frames)
+            shown = world.model.codec.frames(world.model.codec.decode(state.stream.tokens))
+            output = output._replace(frames=shown)
+        else:
+            state, output = world.step(state, action)
         frames[:, n], bits[:, n] = output.frames.cpu().numpy(), output.bits_per_dim.cpu().numpy()
         terminated[:, n] = output.terminated.cpu().numpy()
         certificate = max(certificate, output.certificate.max().item())

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from sfv_world import load_world
+from sfv_world.checkpoint import save_model
 from sfv_world.cli import main
 from sfv_world.drift import colour_and_contrast, judged_imagined, squared_error, ssim, train_judge, typicality
 from sfv_world.evaluation import split_as_trained
 from sfv_world.horizon import HorizonConfig, _episodes, beginnings, bin_edges, free_run, horizon, noised
+from sfv_world.model import WorldModel
 from sfv_world.plot import Curve, Panel, draw
 
 RNG = np.random.default_rng(0)
@@ -131,6 +133,20 @@ def test_a_restart_forgets_all_but_the_context_and_draws_anew(config):
     for n in range(5, 10):
         state, output = world.step(state, begin.actions[:, 3 + n])
         assert np.array_equal(found.frames[:, n], output.frames.numpy())
+
+
+def test_projected_frames_are_read_clean_and_noised_afresh(config):
+    world, _, _, begin = begun(config)
+    with torch.no_grad():  # a denoiser that shows every frame much brighter: its frames must be what is read
+        world.model.denoiser.proj_out.bias[0] += 300
+    found = free_run(world, begin, replace(config, frames=3, project=True))
+    kept = free_run(world, begin, replace(config, frames=3))
+    assert np.array_equal(found.bits[:, 0], kept.bits[:, 0]) and not np.allclose(found.bits[:, 1], kept.bits[:, 1])
+    assert found.frames[:, 0].mean() > kept.frames[:, 0].mean() + 20
+    with pytest.raises(ValueError, match="project: expected a world with a denoiser"):
+        bare = replace(world.model.config, denoiser=None)
+        save_model(config.out, WorldModel(bare, world.action_space), world.about)
+        horizon(replace(config, world=str(config.out), project=True))
 
 
 def test_stopping_ends_with_the_last_termination(config):

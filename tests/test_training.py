@@ -120,6 +120,11 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
     other = Trainer(replace(config, init=config.out, out=tmp_path / "other", bands=2)).model.state_dict()
     for name, tensor in second.model.state_dict().items():
         assert name.startswith("flow.shallow.") or torch.equal(tensor, other[name]), name
+    for change in ({"window": 2}, {"denoiser": False}):
+        begun = Trainer(replace(config, init=config.out, out=tmp_path / "changed", **change)).model.state_dict()
+        assert len(begun) > 50
+        for name, tensor in begun.items():
+            assert torch.equal(second.model.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match=r"init: expected a world of the shape.*noise=0.1"):
         Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
 

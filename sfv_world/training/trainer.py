@@ -52,7 +52,8 @@ class TrainConfig:
     minutes: float | None = None
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
-    """World whose weights to start from, those of the shallow flow only where it has the same bands; none: random ones."""
+    """World whose weights to start from, those of the shallow flow only where it has the same bands; none: random ones. It may
+    have another window."""
     resume: bool = False
     """Continue the run in `out`, which must have the same configuration up to its length."""
     patch: int = 8
@@ -134,7 +135,8 @@ class Trainer:
         if config.init:
             before, about = load_model(config.init, config.device)
             self.before = {name: about.get(name, 0) for name in ("steps", "minutes")}
-            weights, theirs = before.state_dict(), before.config
+            deep = replace(before.config.flow.deep, window=shape.flow.deep.window)
+            weights, theirs = before.state_dict(), replace(before.config, flow=replace(before.config.flow, deep=deep))
             if theirs.flow.bands != shape.flow.bands:  # another kind of shallow flow begins anew
                 weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
                 theirs = replace(theirs, flow=replace(theirs.flow, bands=shape.flow.bands))
