@@ -159,6 +159,7 @@ def fresh_worlds(data: Path, config: DecodingBenchmarkConfig) -> dict[str, Train
                 held_out=config.held_out,
                 validate_minutes=math.inf,
                 seed=config.seed,
+                denoiser=False,
                 device=config.device,
                 threads=config.threads,
                 **VARIANTS[kind],

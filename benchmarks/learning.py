@@ -136,6 +136,7 @@ def main(config: LearningConfig) -> None:
             clip=config.clip,
             held_out=config.held_out,
             seed=config.seed,
+            denoiser=False,
             device=config.device,
             threads=config.threads,
             **VARIANTS[name],
