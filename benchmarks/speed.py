@@ -50,6 +50,8 @@ class SpeedConfig:
     """What steps give: arrays, or tensors that stay on the device."""
     threads: int | None = None
     """CPU threads; none: torch's choice."""
+    compile: bool = False
+    """Whether to compile the world first (`World.compiled`)."""
     device: str = "cpu"
     """Where to step."""
     out: Path = Path("out/speed.json")
@@ -218,6 +220,8 @@ def main(config: SpeedConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     world = load_world(config.world, config.device)
+    if config.compile:
+        world = world.compiled()
     device = world.device.type
     machine, goals = GOALS[device]
     report = Report(config.out, config, config.device)

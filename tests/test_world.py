@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -373,6 +375,24 @@ def test_a_damaged_world_is_refused(build_world, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         load_world(folder)
+
+
+def test_a_compiled_world_is_the_same_to_rounding(build_world):
+    script = """
+import sys, torch
+from dataclasses import replace
+from sfv_world import load_world
+plain, fused = load_world(sys.argv[1]), load_world(sys.argv[1]).compiled()
+for world in (plain, fused):
+    world.decoding = replace(world.decoding, denoise="causal")
+expected, found = (world.step(world.start([3, 4]), [0, 1])[1] for world in (plain, fused))
+assert (expected.frames.int() - found.frames.int()).abs().max() <= 1
+torch.testing.assert_close(expected.log_likelihood, found.log_likelihood, rtol=1e-5, atol=1e-3)
+assert (found.certificate <= 1e-3).all() and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+"""  # in a process of its own: torch.compile cannot see through the shape checks of these tests
+    subprocess.run([sys.executable, "-c", script, build_world("bands")], check=True)
+    with pytest.raises(ValueError, match=r"compiled: expected a world whose shallow flow goes in bands"):
+        load_world(build_world("autoregressive")).compiled()
 
 
 def test_a_state_is_saved_to_a_file_and_goes_on_bit_for_bit(tiny_world: World, build_world, tmp_path: Path) -> None:
