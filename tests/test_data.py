@@ -391,6 +391,23 @@ def test_ends_are_drawn_as_often_as_middles() -> None:
     assert starts.min() > 25 and starts.max() < 80, "starts are uniform"
 
 
+def test_busy_clips_begin_where_something_just_moved() -> None:
+    """A flash in frame 7 of the first episode and, weaker, frame 12 of the second: chosen by it, two frames count as padding."""
+    data = made([30, 30])
+    data.frames[:] = 100
+    data.frames[7, 2:4, 2:4], data.frames[42, 2:4, 2:4] = 200, 150
+    clips = ClipSampler(data, 4, 4000, seed=0, busy=0.5).batch(0)
+    busy = ~clips.valid[:, 0]
+    assert not clips.valid[busy, 1].any() and clips.valid[busy, 2].all() and abs(busy.mean() - 0.5) < 0.03
+    change = np.abs(clips.frames[busy, 1].astype(int) - clips.frames[busy, 0]).max((1, 2, 3))
+    assert set(change) == {100, 50}  # to the flash or back from it
+    assert abs((change == 100).mean() - 0.8) < 0.03  # in proportion to the square
+    still = ClipSampler(data, 4, 4000, seed=0).batch(0)
+    assert np.array_equal(clips.frames[~busy], still.frames[~busy]) and still.valid[:, 0].all()
+    with pytest.raises(ValueError, match="busy: expected 0 to 1, got 2"):
+        ClipSampler(data, 4, 2, busy=2.0)
+
+
 def test_clips_of_nested_actions(tmp_path: Path) -> None:
     data = load_episodes(collect(config(tmp_path / "d", env="CounterTree-v0")))
     clips: Clips = ClipSampler(data, 4, 6, seed=0).batch(0)

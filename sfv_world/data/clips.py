@@ -6,14 +6,16 @@ frame t. Numpy only; the training loop turns clips into tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from einops import reduce
 from gymnasium.vector.utils import create_empty_array
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from minari.dataset.minari_storage import MinariStorage
 
 from sfv_world.data.images import REPEATED_SCREEN, image_key
@@ -215,16 +217,44 @@ class ClipSampler:
     """Clips of a batch."""
     seed: int = 0
     """With the step, this decides the batch."""
+    busy: float = 0.0
+    """Part of the clips that begin where something just moved a lot, drawn in proportion to `moved`. The frames whose change
+    decided, a clip's first two, then count as padding: what is learned of the others is what it would be of any clip."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.busy <= 1:
+            raise ValueError(f"busy: expected 0 to 1, got {self.busy}.")
         for name in ("clip_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
 
     def batch(self, step: int) -> Clips:
         """Draws the clips of a step: a pure function of (seed, step), so training continues exactly as it was."""
-        rows = np.random.default_rng([self.seed, step]).integers(len(self.episodes.frames), size=self.batch_size)
-        return self.clips(rows)
+        rng = np.random.default_rng([self.seed, step])
+        rows = rng.integers(len(self.episodes.frames), size=self.batch_size)
+        if not self.busy:
+            return self.clips(rows)
+        busy = rng.random(self.batch_size) < self.busy
+        chances = np.cumsum(self.moved)
+        second = np.searchsorted(chances, rng.random(self.batch_size) * chances[-1], side="right")
+        clips = self.clips(np.where(busy, second - 1, rows))
+        return replace(clips, valid=clips.valid & ~(busy[:, None] & (np.arange(self.clip_length) < 2)))
+
+    @cached_property
+    def moved(self) -> Float[np.ndarray, " n"]:
+        """How much the busiest cell of 8 x 8 pixels changed from the frame before: the mean square, in grey levels.
+
+        A missile changes a few cells a lot, a moving view all of them a little. 0 for the first frames of episodes.
+        """
+        frames, moved = self.episodes.frames, np.full(len(self.episodes.frames), 1e-6)
+        for first in range(1, len(frames), 256):
+            part = frames[first - 1 : first + 256].astype(np.float32)
+            change = np.square(np.diff(part, axis=0)).mean(-1)
+            i, j = min(8, change.shape[1]), min(8, change.shape[2])
+            whole = change[:, : change.shape[1] // i * i, : change.shape[2] // j * j]
+            moved[first : first + len(change)] += reduce(whole, "n (r i) (c j) -> n r c", "mean", i=i, j=j).max((1, 2))
+        moved[self.episodes.starts] = 0
+        return moved
 
     def clips(self, rows: Int64[np.ndarray, " b"]) -> Clips:
         """Cuts the clips that start at the given rows of the episodes."""

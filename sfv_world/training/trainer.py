@@ -66,6 +66,8 @@ class TrainConfig:
     """Frames of a clip."""
     batch: int = 2
     """Clips of a batch."""
+    busy: float = 0.0
+    """Part of the clips that begin where something just moved a lot; see `ClipSampler.busy`."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     warmup: int = 50
@@ -161,7 +163,7 @@ class Trainer:
             if parameters
         }
         self.step, self.elapsed = 0, 0.0
-        self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed)
+        self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed, config.busy)
         if config.resume:
             self._load()
 
