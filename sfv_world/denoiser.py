@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sfv_world.flow.transformer import TransformerConfig
-from sfv_world.layers import FinalNorm, Layer, Rope, attend
+from sfv_world.layers import FinalNorm, Layer, Rope, at_least_float32, attend
 
 
 class Seen(NamedTuple):
@@ -31,21 +31,26 @@ class Denoiser(nn.Module):
     """Predicts sigma times the score of noised frames, each from itself, what the past says of it, and at most the next frame.
 
     A Transformer within one frame; the next frame lies over it, channel by channel. So it sees exactly one frame ahead, however
-    many layers it has.
+    many layers it has. Its answer is an affine map of a linear one, because noise has as many dimensions as a token and
+    would not fit through a narrow Transformer: a + b * linear(inputs), with a and b from the Transformer.
     """
 
     def __init__(self, config: TransformerConfig, *, channels: int, grid: tuple[int, int], features: int):
         super().__init__()
         self.rope = Rope(config.head_dim, *grid)
-        self.here = nn.Linear(channels + features, config.width)
-        self.ahead = nn.Linear(channels + features, config.width)
-        self.nothing_ahead = nn.Parameter(torch.zeros(config.width))
+        self.sizes = [config.width, channels]
+        self.here = nn.Linear(channels + features, sum(self.sizes))
+        self.ahead = nn.Linear(channels + features, sum(self.sizes))
+        self.nothing_ahead = nn.Parameter(torch.zeros(sum(self.sizes)))
         self.place = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], config.width))
         self.attn_blocks = nn.ModuleList(Layer(config.width, config.head_dim) for _ in range(config.depth))
         self.final_norm = FinalNorm(config.width)
-        self.proj_out = nn.Linear(config.width, channels)
+        self.proj_out = nn.Linear(config.width, 2 * channels)
         nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        with torch.no_grad():  # begins by saying nothing, ready to learn the linear map first
+            self.proj_out.bias[:channels], self.proj_out.bias[channels:] = 0, 1
+            for linear in (self.here, self.ahead):
+                linear.weight[config.width :], linear.bias[config.width :] = 0, 0
 
     def forward(
         self, frame: Seen, following: Seen | None = None, shown: Bool[Tensor, "n"] | None = None
@@ -57,17 +62,20 @@ class Denoiser(nn.Module):
             following: the frames after it; none: nothing is seen ahead.
             shown: which of `following` may be seen; none: all of them.
         """
-        x = self.here(torch.cat(frame, dim=-1)) + self.place
+        x = self.here(torch.cat(frame, dim=-1))
         if following is None:
             x = x + self.nothing_ahead
         else:
             ahead = self.ahead(torch.cat(following, dim=-1))
             x = x + (ahead if shown is None else torch.where(shown[:, None, None], ahead, self.nothing_ahead))
+        x, linear = x.split(self.sizes, dim=-1)
+        x = x + self.place
         turn = self.rope(torch.zeros(1, dtype=torch.long, device=x.device))[:, None]
         for layer in self.attn_blocks:
             x = layer(x, turn, attend)
         with torch.autocast(x.device.type, enabled=False):
-            return self.proj_out(self.final_norm(x))
+            shift, scale = self.proj_out(self.final_norm(x)).chunk(2, dim=-1)
+            return shift + scale * at_least_float32(linear)
 
     def video(
         self,

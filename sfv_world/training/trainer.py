@@ -70,6 +70,8 @@ class TrainConfig:
     """Part of the clips that begin where something just moved a lot; see `ClipSampler.busy`."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
+    denoiser_learning_rate: float = 2e-3
+    """Peak learning rate of the denoiser's own."""
     warmup: int = 50
     """Steps in which the learning rate rises; after them it falls along a cosine to 1% of its peak."""
     weight_decay: float = 0.01
@@ -136,7 +138,8 @@ class Trainer:
         self.before: dict[str, float] | None = None
         if config.init:
             before, about = load_model(config.init, config.device)
-            self.before = {name: about.get(name, 0) for name in ("steps", "minutes")}
+            earlier = about.get("before") or {}
+            self.before = {name: about.get(name, 0) + earlier.get(name, 0) for name in ("steps", "minutes")}
             deep = replace(before.config.flow.deep, window=shape.flow.deep.window)
             weights, theirs = before.state_dict(), replace(before.config, flow=replace(before.config.flow, deep=deep))
             if theirs.flow.bands != shape.flow.bands:  # another kind of shallow flow begins anew
@@ -246,10 +249,10 @@ class Trainer:
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
-        rate = config.learning_rate * self._schedule()
-        for optimizer in self.optimizers.values():
+        rates = {"flow": config.learning_rate, "denoiser": config.denoiser_learning_rate}
+        for part, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rates[part] * self._schedule()
         generator = torch.Generator(config.device).manual_seed(config.seed * 1_000_003 + self.step)
         batch = Batch.from_clips(self.sampler.batch(self.step), self.model)
         plain = "denoiser" in self.optimizers and self.step % config.objective.score_every == 0
@@ -264,7 +267,7 @@ class Trainer:
             self._update("denoiser", error)
         self.average.update_parameters(self.model)
         self.step += 1
-        return {**values, "learning_rate": rate}
+        return {**values, "learning_rate": self.optimizers["flow"].param_groups[0]["lr"]}
 
     def _update(self, part: str, loss: torch.Tensor) -> float:
         """One step of a part's optimiser; gives the norm of the gradient."""
@@ -302,6 +305,7 @@ class Trainer:
             "device",
             "threads",
             "learning_rate",
+            "denoiser_learning_rate",
             "data",
             "init",
         )
