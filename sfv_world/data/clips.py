@@ -221,10 +221,15 @@ class ClipSampler:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
 
-    def batch(self, step: int) -> Clips:
-        """Draws the clips of a step: a pure function of (seed, step), so training continues exactly as it was."""
+    def batch(self, step: int, share: slice = slice(None)) -> Clips:
+        """Draws the clips of a step: a pure function of (seed, step), so training continues exactly as it was.
+
+        Args:
+            step: which batch.
+            share: which of its clips to cut.
+        """
         rows = np.random.default_rng([self.seed, step]).integers(len(self.episodes.frames), size=self.batch_size)
-        return self.clips(rows)
+        return self.clips(rows[share])
 
     def clips(self, rows: Int64[np.ndarray, " b"]) -> Clips:
         """Cuts the clips that start at the given rows of the episodes."""

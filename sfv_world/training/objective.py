@@ -11,11 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Clips
 from sfv_world.model import WorldModel
+from sfv_world.training.distributed import ALONE, Group
 
 
 class Batch(NamedTuple):
@@ -60,37 +61,46 @@ class ObjectiveConfig:
 
 
 def world_loss(
-    model: WorldModel, batch: Batch, config: ObjectiveConfig, generator: torch.Generator
+    model: WorldModel,
+    batch: Batch,
+    config: ObjectiveConfig,
+    generator: torch.Generator,
+    group: Group = ALONE,
+    replica: nn.Module | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its detached parts.
 
     The flow's part is the mean negative log-likelihood in nats a colour value, weighted by `motion_weights`. Padded frames
     count nowhere; an ended game's repeated screen is no target for the flow, and the first frame none for the heads.
+
+    Where `batch` is one process's rows, so is the result one process's part: the mean over the processes of `group` is the loss of
+    all rows. `replica` is called in the model's place (see `Group.replica`).
     """
     shape, device = batch.frames.shape, batch.frames.device
-    uniform = torch.rand(shape, generator=generator, device=device)
-    normal = torch.randn(shape, generator=generator, device=device)
-    kept = torch.rand(batch.known.shape, generator=generator, device=device) >= config.action_dropout
+    every = (group.size * shape[0], *shape[1:])  # the noise of all rows, whatever share of them is here
+    uniform = group.own(torch.rand(every, generator=generator, device=device))
+    normal = group.own(torch.randn(every, generator=generator, device=device))
+    kept = group.own(torch.rand(every[:2], generator=generator, device=device)) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal)
-    reading = model(tokens, batch.actions, batch.known & kept)
+    reading = (replica or model)(tokens, batch.actions, batch.known & kept)
     nats = -reading.log_likelihood / model.config.colour_values
-    share = motion_weights(tokens, model, config.motion_weight)
+    share = motion_weights(tokens, model, config.motion_weight, group)
     weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.colour_values
 
     later = torch.arange(shape[1], device=device) > 0
     weights = (batch.valid & ~batch.terminal) * torch.where(later, 1.0, config.first_frame_weight)
     reward, termination = model.heads.loss(reading.outcome, batch.rewards, batch.terminations)
-    reward, termination = (_mean(part, (batch.valid & later).float()) for part in (reward, termination))
-    flow = _mean(weighted, weights)
+    reward, termination = (group.mean(part, (batch.valid & later).float()) for part in (reward, termination))
+    flow = group.mean(weighted, weights)
     loss = flow + config.reward_weight * reward + config.termination_weight * termination
     drafts = {}
     if reading.draft_error is not None:  # moves the draft network alone
-        drafts["draft_error"] = _mean(reading.draft_error.mean(-1), weights[:, 1:])
+        drafts["draft_error"] = group.mean(reading.draft_error.mean(-1), weights[:, 1:])
         loss = loss + config.draft_weight * drafts["draft_error"]
     metrics = {
         "flow_loss": flow,
-        "nats_per_dim": _mean(nats, weights),
-        "next_frame_bits_per_dim": _mean(nats, weights * later) / math.log(2),
+        "nats_per_dim": group.mean(nats, weights),
+        "next_frame_bits_per_dim": group.mean(nats, weights * later) / math.log(2),
         "reward_loss": reward,
         "termination_loss": termination,
         **drafts,
@@ -98,8 +108,10 @@ def world_loss(
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def motion_weights(tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: float) -> Float[Tensor, "b t l"]:
-    """Weights, of mean 1, that turn the loss to where something moved: up to ten times that of a still patch.
+def motion_weights(
+    tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: float, group: Group = ALONE
+) -> Float[Tensor, "b t l"]:
+    """Weights, of mean 1 over all rows of `group`, that turn the loss to where something moved: up to ten times a still patch's.
 
     What acts in a world (a missile, a monster) fills a few patches of a frame and weighs little in its likelihood. A patch
     weighs by how much it or a neighbour changed from frame n-2 to n-1. That is known before frame n, so the weighted loss
@@ -114,8 +126,4 @@ def motion_weights(tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: 
         near = F.max_pool2d(change.reshape(-1, 1, rows, columns), 3, stride=1, padding=1)
         raw = (1 + weight * near).clamp(1, 10).reshape(b, t - 2, l)
         raw = torch.cat([raw.new_ones(b, 2, l), raw], dim=1)
-        return raw / raw.mean()
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum().clamp(min=1e-9)
+        return raw / group.average(raw.mean())
