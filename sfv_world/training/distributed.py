@@ -94,7 +94,7 @@ class Group:
         if self.size == 1 or isinstance(model, FSDPModule):
             return model
         devices = [torch.device(self.device)] if self.device.startswith("cuda") else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=devices)
 
     def shard(self, model: nn.Module) -> None:
         """Cuts the weights of a model in place, one shard for each process; every layer is whole only while it is used."""
@@ -119,7 +119,7 @@ ALONE = Group()
 """One process."""
 
 
-def local(x: Tensor) -> Tensor:
+def gathered(x: Tensor) -> Tensor:
     """The whole of a tensor that may be spread over processes; every process must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -140,7 +140,10 @@ def joined(device: str) -> Iterator[Group]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device(device) if cuda else None)
     try:
-        yield Group(dist.get_rank(), size, device)
+        with warnings.catch_warnings():
+            # True, and no trouble: nothing changes what a model returned in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+            yield Group(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
 

@@ -27,7 +27,7 @@ from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
 from sfv_world.model import WorldModel, model_config
-from sfv_world.training.distributed import ALONE, Group, Parallel, joined, load_state, local, save_state
+from sfv_world.training.distributed import ALONE, Group, Parallel, gathered, joined, load_state, save_state
 from sfv_world.training.objective import Batch, ObjectiveConfig, world_loss
 from sfv_world.world import World, save_starts
 
@@ -261,7 +261,7 @@ class Trainer:
             loss, metrics = world_loss(self.model, batch, config.objective, generator, group, self.replica)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = local(nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
+        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip))
         loss = group.average(loss)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise FloatingPointError(
