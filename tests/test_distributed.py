@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from gymnasium import spaces
 from recorded import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sfv_world.checkpoint import load_model
-from sfv_world.training.distributed import Group
+from sfv_world.training.distributed import ALONE, Group, load_state, save_state
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 SMALL = dict(
@@ -124,6 +125,24 @@ def test_one_state_is_kept(home):
         files = {path.name for path in folder.iterdir()}
         assert files and all(file.endswith(".safetensors") for file in files)
         assert len(files) == processes
+
+
+def test_a_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    path, found = tmp_path / "training.json", {"x": torch.zeros(3)}
+    save_state(path, {"x": torch.ones(3)}, {"step": 1}, ALONE)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(OSError, match="training.b: expected to write the state.*No space left"):
+        save_state(path, {"x": torch.full((3,), 2.0)}, {"step": 2}, ALONE)
+    load_state(path, found, ALONE)
+    assert found["x"].tolist() == [1, 1, 1] and json.loads(path.read_text())["step"] == 1
+    (shard,) = (tmp_path / "training.a").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="training.a: expected the state of a run"):
+        load_state(path, found, ALONE)
 
 
 def test_the_command(home):

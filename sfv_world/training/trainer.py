@@ -168,7 +168,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last validation's numbers."""
         config, validation, first = self.config, {}, self.group.first
-        writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step) if first else None
+        writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step + 1) if first else None
         size = sum(parameter.numel() for parameter in self.model.parameters())
         if first:
             print(
