@@ -21,6 +21,8 @@ SMALL = dict(
     preset="tiny", steps=3, patch=8, clip=4, window=2, batch=6, bands=2, warmup=2, held_out=0.3, device="cpu",
     validate_minutes=0.0,
 )  # fmt: skip
+LENGTHS = (6, 7, 30, 5, 30, 6, 7, 5)
+"""Frames of the episodes: those to train on are short, so that many clips are padded; those held out are long enough to film."""
 TESTS = Path(__file__).parent
 
 
@@ -52,7 +54,7 @@ def same(folder, other):
 def home(tmp_path_factory):
     """A folder in which worlds were trained on one, two and three processes."""
     home = tmp_path_factory.mktemp("home")
-    data = str(record(home / "data", spaces.Discrete(3)))
+    data = str(record(home / "data", spaces.Discrete(3), LENGTHS))
 
     def run(name, **options):
         return {**SMALL, "data": data, "out": str(home / name), **options}
