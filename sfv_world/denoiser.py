@@ -77,16 +77,17 @@ class Denoiser(nn.Module):
             shift, scale = self.proj_out(self.final_norm(x)).chunk(2, dim=-1)
             return shift + scale * at_least_float32(linear)
 
-    def video(
-        self,
-        tokens: Float[Tensor, "b t l c"],
-        features: Float[Tensor, "b t l w"],
-        shown: Bool[Tensor, "b t"] | None = None,
-    ) -> Float[Tensor, "b t l c"]:
-        """The same for all frames of videos; `shown` says of which the next may be seen (default: all; the last has none)."""
-        b, t = tokens.shape[:2]
-        may = torch.ones(b, t, dtype=torch.bool, device=tokens.device) if shown is None else shown.clone()
-        may[:, -1] = False
-        frame = Seen(*(rearrange(x, "b t l c -> (b t) l c") for x in (tokens, features)))
-        following = Seen(*(rearrange(x.roll(-1, dims=1), "b t l c -> (b t) l c") for x in (tokens, features)))
-        return rearrange(self(frame, following, may.flatten()), "(b t) l c -> b t l c", b=b)
+
+def video_score(
+    denoiser: nn.Module,
+    tokens: Float[Tensor, "b t l c"],
+    features: Float[Tensor, "b t l w"],
+    shown: Bool[Tensor, "b t"] | None = None,
+) -> Float[Tensor, "b t l c"]:
+    """What a denoiser says of all frames of videos; `shown`: of which the next may be seen (default: all; the last has none)."""
+    b, t = tokens.shape[:2]
+    may = torch.ones(b, t, dtype=torch.bool, device=tokens.device) if shown is None else shown.clone()
+    may[:, -1] = False
+    frame = Seen(*(rearrange(x, "b t l c -> (b t) l c") for x in (tokens, features)))
+    following = Seen(*(rearrange(x.roll(-1, dims=1), "b t l c -> (b t) l c") for x in (tokens, features)))
+    return rearrange(denoiser(frame, following, may.flatten()), "(b t) l c -> b t l c", b=b)

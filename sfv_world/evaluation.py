@@ -20,6 +20,7 @@ from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
 from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Episodes, load_episodes, take
+from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.world import World, load_world
@@ -218,8 +219,8 @@ def denoising(world: World, held_out: Episodes, count: int, seed: int, length: i
             scores = {
                 "none": torch.zeros_like(tokens),
                 "raw_score": model.token_noise * gradient,
-                "causal": model.denoiser.video(tokens, features, torch.zeros_like(known)),
-                "lookahead": model.denoiser.video(tokens, features),
+                "causal": video_score(model.denoiser, tokens, features, torch.zeros_like(known)),
+                "lookahead": video_score(model.denoiser, tokens, features),
             }
             for name, score in scores.items():
                 shown = model.codec.frames(model.codec.decode(tokens + model.token_noise * score)).float()

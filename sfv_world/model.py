@@ -95,6 +95,7 @@ class WorldModel(nn.Module):
         tokens: Float[Tensor, "b t l c"],
         actions: Float[Tensor, "b t n"],
         known: Bool[Tensor, "b t"],
+        heads_apart: bool = False,
         **cache: Any,
     ) -> Reading:
         """Reads videos that begin here in one parallel pass.
@@ -103,6 +104,7 @@ class WorldModel(nn.Module):
             tokens: noised tokens.
             actions: vector of the action that led to each frame.
             known: whether that action is known; a video's first frame has none.
+            heads_apart: whether gradients of the outcome stay within the heads.
             cache: `cache=` takes the deep flow's keys and values (see `VideoFlow.forward`).
         """
         controls = self.controls(actions, known)
@@ -110,7 +112,8 @@ class WorldModel(nn.Module):
         log_likelihood = encoding.log_prob.sum(-1) + self.codec.log_det
         drafted = self.training and self.flow.drafter is not None and tokens.shape[1] > 1
         draft_error = self.flow.draft_error(encoding, controls) if drafted else None
-        return Reading(encoding, log_likelihood, self.heads(encoding.features), draft_error)
+        outcome = self.heads(encoding.features.detach() if heads_apart else encoding.features)
+        return Reading(encoding, log_likelihood, outcome, draft_error)
 
 
 def model_config(

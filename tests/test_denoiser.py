@@ -16,7 +16,7 @@ from torch import Tensor
 from sfv_world import World
 from sfv_world.decoding.frames import FrameReport, read_frame
 from sfv_world.decoding.solver import Denoise
-from sfv_world.denoiser import Denoiser, Seen
+from sfv_world.denoiser import Denoiser, Seen, video_score
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import WorldModel
@@ -54,12 +54,12 @@ def with_denoiser(world: WorldModel, depth: int = 1) -> WorldModel:
 def test_a_frame_is_cleaned_by_itself_and_the_next_one_alone(depth):
     denoiser = randomised(Denoiser(TransformerConfig(16, depth, head_dim=16), channels=3, grid=(2, 2), features=5))
     tokens, features = normal(2, 6, 4, 3), normal(2, 6, 4, 5, seed=1)
-    before = denoiser.video(tokens, features)
+    before = video_score(denoiser, tokens, features)
     for other in range(6):
         for changed in (0, 1):
             seen = [tokens.clone(), features.clone()]
             seen[changed][:, other] += 1
-            same = (denoiser.video(seen[0], seen[1]) == before).all(dim=(0, 2, 3)).tolist()
+            same = (video_score(denoiser, seen[0], seen[1]) == before).all(dim=(0, 2, 3)).tolist()
             assert same == [n not in (other, other - 1) for n in range(6)]
 
 

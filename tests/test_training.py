@@ -8,7 +8,7 @@ import torch
 from sfv_world.checkpoint import MODEL, load_model, load_tensors
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.training import trainer
-from sfv_world.training.trainer import STATE, TrainConfig, Trainer, train
+from sfv_world.training.trainer import TrainConfig, Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,14 @@ def config(recording, tmp_path):
 
 
 def tensors(config):
-    return load_tensors(config.out / STATE)[0] | {
-        f"world.{k}": v for k, v in load_tensors(config.out / MODEL)[0].items()
-    }
+    (shards,) = config.out.glob("training.*/*.safetensors")
+    return load_tensors(shards)[0] | {f"world.{k}": v for k, v in load_tensors(config.out / MODEL)[0].items()}
+
+
+def files(config):
+    """What a run leaves but for the record of how it went."""
+    kept = (path for path in config.out.rglob("*") if path.is_file() and "tensorboard" not in path.parts)
+    return {path: path.read_bytes() for path in kept}
 
 
 def test_training_learns(config):
@@ -75,7 +80,7 @@ def test_a_killed_run_resumes_exactly(config, monkeypatch, tmp_path):
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(config, monkeypatch):
     train(config)
-    good = {path.name: path.read_bytes() for path in config.out.glob("*.safetensors")}
+    good = files(config)
     real_loss = trainer.world_loss
 
     def poisoned(*arguments):
@@ -85,12 +90,12 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(config, monke
     monkeypatch.setattr(trainer, "world_loss", poisoned)
     with pytest.raises(FloatingPointError, match=r"last good checkpoint.*--resume"):
         train(replace(config, steps=12, resume=True))
-    assert good == {path.name: path.read_bytes() for path in config.out.glob("*.safetensors")}
+    assert good == files(config)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(config, monkeypatch):
     train(config)
-    good = {path.name: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+    good = files(config)
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -99,7 +104,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(config, monkeypatch):
     monkeypatch.setattr("sfv_world.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         train(replace(config, steps=7, resume=True))
-    assert good == {path.name: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+    assert good == files(config)
 
 
 def test_the_world_is_the_moving_average(config):

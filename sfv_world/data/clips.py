@@ -228,17 +228,22 @@ class ClipSampler:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
 
-    def batch(self, step: int) -> Clips:
-        """Draws the clips of a step: a pure function of (seed, step), so training continues exactly as it was."""
+    def batch(self, step: int, share: slice = slice(None)) -> Clips:
+        """Draws the clips of a step: a pure function of (seed, step), so training continues exactly as it was.
+
+        Args:
+            step: which batch.
+            share: which of its clips to cut.
+        """
         rng = np.random.default_rng([self.seed, step])
         rows = rng.integers(len(self.episodes.frames), size=self.batch_size)
         if not self.busy:
-            return self.clips(rows)
+            return self.clips(rows[share])
         busy = rng.random(self.batch_size) < self.busy
         chances = np.cumsum(self.moved)
         second = np.searchsorted(chances, rng.random(self.batch_size) * chances[-1], side="right")
-        clips = self.clips(np.where(busy, second - 1, rows))
-        return replace(clips, valid=clips.valid & ~(busy[:, None] & (np.arange(self.clip_length) < 2)))
+        clips = self.clips(np.where(busy, second - 1, rows)[share])
+        return replace(clips, valid=clips.valid & ~(busy[share, None] & (np.arange(self.clip_length) < 2)))
 
     @cached_property
     def moved(self) -> Float[np.ndarray, " n"]:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Clips
+from sfv_world.denoiser import video_score
 from sfv_world.model import WorldModel
+from sfv_world.training.distributed import ALONE, Group
 
 
 class Batch(NamedTuple):
@@ -59,7 +61,7 @@ class ObjectiveConfig:
     first_frame_weight: float = 1.0
     """Weight of the first frame of a clip, which nothing precedes."""
     score_every: int = 4
-    """Of so many steps one is the plain likelihood alone, from whose gradient the denoiser learns."""
+    """Of so many steps one moves the flow by the plain likelihood alone, from whose gradient the denoiser learns."""
 
     def __post_init__(self) -> None:
         if self.score_every < 1:
@@ -81,40 +83,48 @@ class Loss(NamedTuple):
 
 
 def world_loss(
-    model: WorldModel, batch: Batch, config: ObjectiveConfig, generator: torch.Generator, plain: bool = False
+    model: WorldModel,
+    batch: Batch,
+    config: ObjectiveConfig,
+    generator: torch.Generator,
+    plain: bool = False,
+    group: Group = ALONE,
+    replica: nn.Module | None = None,
 ) -> Loss:
     """The loss of a batch.
 
     The flow's part is the mean negative log-likelihood in nats a colour value, weighted by `motion_weights`. Padded frames
     count nowhere; an ended game's repeated screen is no target for the flow, and the first frame none for the heads. A `plain`
-    loss is the flow's part alone, without any weights: see `score_loss`.
+    loss moves the flow by its own part alone, without any weights: see `score_loss`.
+
+    Where `batch` is one process's rows, so is the result one process's part: the mean over the processes of `group` is the loss of
+    all rows. `replica` is called in the model's place (see `Group.replica`).
     """
     shape, device = batch.frames.shape, batch.frames.device
-    uniform = torch.rand(shape, generator=generator, device=device)
-    normal = torch.randn(shape, generator=generator, device=device)
-    kept = torch.rand(batch.known.shape, generator=generator, device=device) >= config.action_dropout
+    every = (group.size * shape[0], *shape[1:])  # the noise of all rows, whatever share of them is here
+    uniform = group.own(torch.rand(every, generator=generator, device=device))
+    normal = group.own(torch.randn(every, generator=generator, device=device))
+    kept = group.own(torch.rand(every[:2], generator=generator, device=device)) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal).requires_grad_(plain)
-    reading = model(tokens, batch.actions, batch.known & kept)
+    reading = (replica or model)(tokens, batch.actions, batch.known & kept, heads_apart=plain)
     nats = -reading.log_likelihood / model.config.colour_values
-    share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight)
+    share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight, group)
     weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.colour_values
 
     later = torch.arange(shape[1], device=device) > 0
     weights = (batch.valid & ~batch.terminal) * torch.where(later | plain, 1.0, config.first_frame_weight)
     reward, termination = model.heads.loss(reading.outcome, batch.rewards, batch.terminations)
-    reward, termination = (_mean(part, (batch.valid & later).float()) for part in (reward, termination))
-    flow = _mean(weighted, weights)
-    loss = flow
-    if not plain:
-        loss = loss + config.reward_weight * reward + config.termination_weight * termination
+    reward, termination = (group.mean(part, (batch.valid & later).float()) for part in (reward, termination))
+    flow = group.mean(weighted, weights)
+    loss = flow + config.reward_weight * reward + config.termination_weight * termination
     drafts = {}
     if reading.draft_error is not None:  # moves the draft network alone
-        drafts["draft_error"] = _mean(reading.draft_error.mean(-1), weights[:, 1:])
+        drafts["draft_error"] = group.mean(reading.draft_error.mean(-1), weights[:, 1:])
         loss = loss + config.draft_weight * drafts["draft_error"]
     metrics = {
         "flow_loss": flow,
-        "nats_per_dim": _mean(nats, weights),
-        "next_frame_bits_per_dim": _mean(nats, weights * later) / math.log(2),
+        "nats_per_dim": group.mean(nats, weights),
+        "next_frame_bits_per_dim": group.mean(nats, weights * later) / math.log(2),
         "reward_loss": reward,
         "termination_loss": termination,
         **drafts,
@@ -123,18 +133,25 @@ def world_loss(
     return Loss(loss, metrics, tokens, reading.encoding.features.detach(), weights)
 
 
-def score_loss(model: WorldModel, loss: Loss, generator: torch.Generator) -> Tensor:
+def score_loss(
+    model: WorldModel,
+    loss: Loss,
+    generator: torch.Generator,
+    group: Group = ALONE,
+    replica: nn.Module | None = None,
+) -> Tensor:
     """How far the denoiser is from sigma times the score: the mean square, after the backward pass of a `plain` loss.
 
     The score is that of whole clips; of half of the frames, by chance, the denoiser does not see the next one, so that it
-    learns to do without.
+    learns to do without. `replica` is called in the denoiser's place.
     """
     assert model.denoiser is not None and loss.tokens.grad is not None, "the trainer asks where there are both"
-    dimensions = model.config.colour_values * loss.weights.sum().clamp(min=1e-9)
+    dimensions = model.config.colour_values * group.average(loss.weights.sum())
     target = -dimensions * model.token_noise * loss.tokens.grad
-    shown = torch.rand(loss.weights.shape, generator=generator, device=target.device) < 0.5
-    score = model.denoiser.video(loss.tokens.detach(), loss.features, shown)
-    return _mean((score - target).square().mean((-1, -2)), loss.weights)
+    b, t = loss.weights.shape
+    shown = group.own(torch.rand(group.size * b, t, generator=generator, device=target.device)) < 0.5
+    score = video_score(replica or model.denoiser, loss.tokens.detach(), loss.features, shown)
+    return group.mean((score - target).square().mean((-1, -2)), loss.weights)
 
 
 def noise_left(model: WorldModel, batch: Batch, loss: Loss) -> Tensor:
@@ -142,13 +159,15 @@ def noise_left(model: WorldModel, batch: Batch, loss: Loss) -> Tensor:
     assert model.denoiser is not None, "the trainer asks where there is one"
     clean = model.codec.encode(model.codec.pixels(batch.frames))
     shown = torch.zeros_like(loss.weights, dtype=torch.bool)
-    score = model.denoiser.video(loss.tokens, loss.features, shown)
+    score = video_score(model.denoiser, loss.tokens, loss.features, shown)
     error = (loss.tokens - clean) / model.token_noise + score
-    return _mean(error.square().mean((-1, -2)), loss.weights)
+    return ALONE.mean(error.square().mean((-1, -2)), loss.weights)
 
 
-def motion_weights(tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: float) -> Float[Tensor, "b t l"]:
-    """Weights, of mean 1, that turn the loss to where something moved: up to ten times that of a still patch.
+def motion_weights(
+    tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: float, group: Group = ALONE
+) -> Float[Tensor, "b t l"]:
+    """Weights, of mean 1 over all rows of `group`, that turn the loss to where something moved: up to ten times a still patch's.
 
     What acts in a world (a missile, a monster) fills a few patches of a frame and weighs little in its likelihood. A patch
     weighs by how much it or a neighbour changed from frame n-2 to n-1. That is known before frame n, so the weighted loss
@@ -163,8 +182,4 @@ def motion_weights(tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: 
         near = F.max_pool2d(change.reshape(-1, 1, rows, columns), 3, stride=1, padding=1)
         raw = (1 + weight * near).clamp(1, 10).reshape(b, t - 2, l)
         raw = torch.cat([raw.new_ones(b, 2, l), raw], dim=1)
-        return raw / raw.mean()
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum().clamp(min=1e-9)
+        return raw / group.average(raw.mean())

@@ -2,7 +2,8 @@
 
 Everything random in a step follows from (seed, step), so a run that was killed and resumed sees the same clips and the
 same noise as one that was not. The folder always holds a readable world (the moving average of the weights) and
-the state to resume from; a loss that is not finite stops the run before either is touched.
+the state to resume from; a loss that is not finite stops the run before either is touched. Many processes share a step
+by `distributed`; what is said here of the run is then said of all of them together.
 """
 
 import json
@@ -15,22 +16,24 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sfv_world.checkpoint import load_model, load_tensors, save_model, save_tensors
+from sfv_world.checkpoint import load_model, save_model
 from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
 from sfv_world.model import WorldModel, model_config
+from sfv_world.training.distributed import ALONE, Group, Parallel, gathered, joined, load_state, save_state
 from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
 from sfv_world.world import World, save_starts
 
 PRESETS = {"tiny": 2, "small": 4, "base": 8}
 """The one dial of `model_config`, by name."""
-STATE = "training.safetensors"
+STATE = "training.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class TrainConfig:
     clip: int = 10
     """Frames of a clip."""
     batch: int = 2
-    """Clips of a batch."""
+    """Clips of a batch, those of all processes together."""
     busy: float = 0.0
     """Part of the clips that begin where something just moved a lot; see `ClipSampler.busy`."""
     learning_rate: float = 2e-3
@@ -94,6 +97,8 @@ class TrainConfig:
     """Where to train; bfloat16 autocast on CUDA."""
     threads: int | None = None
     """CPU threads; none: torch's choice."""
+    parallel: Parallel = "ddp"
+    """What each process that `torchrun` started keeps: a copy of all weights, or a shard of them and of all that AdamW knows."""
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -103,10 +108,11 @@ class TrainConfig:
 
 
 class Trainer:
-    """One training run."""
+    """One training run, or one process's part in it."""
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    def __init__(self, config: TrainConfig, group: Group = ALONE):
+        group.share(config.batch)
+        self.config, self.group = config, group
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.resume != (config.out / STATE).exists():
@@ -155,15 +161,21 @@ class Trainer:
                 )
             self.model.load_state_dict(self.model.state_dict() | weights)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        apart = list(self.model.denoiser.parameters()) if self.model.denoiser else []
-        own = {id(parameter) for parameter in apart}
-        parts = {"flow": [p for p in self.model.parameters() if id(p) not in own], "denoiser": apart}
+        denoiser = self.model.denoiser
+        if group.size > 1 and config.parallel == "fully-shard":
+            group.shard(self.model)
+            group.shard(self.average.module)
+        if denoiser is not None:  # called on its own, after the rest
+            denoiser.requires_grad_(False)
+        self.replica = group.replica(self.model)
+        parts = {"flow": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}
+        if denoiser is not None:
+            denoiser.requires_grad_(True)
+            self.denoiser_replica = group.replica(denoiser)
+            parts["denoiser"] = list(denoiser.parameters())
         self.optimizers = {
-            name: torch.optim.AdamW(
-                _decay_groups(parameters, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95), fused=True
-            )
-            for name, parameters in parts.items()
-            if parameters
+            part: torch.optim.AdamW(_decay_groups(parameters, config.weight_decay), betas=(0.9, 0.95), fused=True)
+            for part, parameters in parts.items()
         }
         self.step, self.elapsed = 0, 0.0
         self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed, config.busy)
@@ -172,17 +184,21 @@ class Trainer:
 
     @property
     def averaged(self) -> WorldModel:
-        """The model with the moving average of the weights: the world that is saved."""
-        return cast(WorldModel, self.average.module)
+        """The model with the moving average of the weights: the world that is saved. Whole on the first process only."""
+        return self.group.whole(cast(WorldModel, self.average.module))
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last validation's numbers."""
-        config, validation = self.config, {}
-        writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step)
+        config, validation, first = self.config, {}, self.group.first
+        writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step + 1) if first else None
         size = sum(parameter.numel() for parameter in self.model.parameters())
-        print(f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out")
+        if first:
+            print(
+                f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out"
+            )
         total = 1000 if config.steps is None else config.steps
-        bar = tqdm(total=total, initial=self.step if config.steps else int(1000 * self._progress()), unit="step")
+        done = self.step if config.steps else int(1000 * self._progress())
+        bar = tqdm(total=total, initial=done, unit="step", disable=not first)
         if config.steps is None:
             bar.bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         last_validation = self.elapsed
@@ -190,30 +206,35 @@ class Trainer:
             while self._progress() < 1:
                 began = time.perf_counter()
                 metrics = self._train_step()
-                self.elapsed += time.perf_counter() - began
+                self.elapsed = self.group.agree(self.elapsed + time.perf_counter() - began)
                 bits = metrics["nats_per_dim"] / math.log(2)
                 rate = config.batch * config.clip * self.step / max(self.elapsed, 1e-9)
                 bar.set_postfix_str(f"step {self.step}, {bits:.3f} bits/dim, {rate:.0f} frames/s", refresh=False)
                 bar.update((self.step if config.steps else int(1000 * self._progress())) - bar.n)
-                for name, value in metrics.items():
-                    writer.add_scalar(f"train/{name}", value, self.step)
+                if writer:
+                    for name, value in metrics.items():
+                        writer.add_scalar(f"train/{name}", value, self.step)
                 if self.elapsed - last_validation > 60 * config.validate_minutes or self._progress() >= 1:
                     last_validation = self.elapsed
                     validation = self.validate()
-                    for name, value in validation.items():
-                        writer.add_scalar(f"held_out/{name}", value, self.step)
-                    numbers = ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
-                    bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
+                    if writer:
+                        for name, value in validation.items():
+                            writer.add_scalar(f"held_out/{name}", value, self.step)
+                        numbers = ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
+                        bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
                     self.save(validation)
                     self._sample()
         finally:
             bar.close()
-            writer.close()
+            if writer:
+                writer.close()
         return validation
 
     def validate(self, batches: int = 4) -> dict[str, float]:
-        """Means over fixed clips of held-out episodes, by the averaged weights."""
+        """Means over fixed clips of held-out episodes, by the averaged weights; the first process finds them, others nothing."""
         model, config = self.averaged, self.config
+        if not self.group.first:
+            return {}
         sampler = ClipSampler(self.held_out, config.clip, 16, seed=1)
         generator = torch.Generator(config.device).manual_seed(config.seed)
         objective, found = ObjectiveConfig(action_dropout=0.0), []
@@ -237,48 +258,59 @@ class Trainer:
             "before": self.before,
             "held_out": {name: round(value, 4) for name, value in validation.items()},
         }
+        model = self.averaged
+        if self.group.first:
+            save_starts(config.out, self.held_out)
+            save_model(config.out, model, about)
+        progress = {"step": self.step, "elapsed": self.elapsed, "config": self._identity()}
+        save_state(config.out / STATE, self._state(), progress, self.group)
+
+    def _state(self) -> dict[str, Tensor]:
+        """All tensors that a resumed run needs, by name; those of this process only where they are sharded."""
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        state |= {f"average.{name}": tensor for name, tensor in self.averaged.state_dict().items()}
-        for part, optimizer in self.optimizers.items():
-            for index, slots in optimizer.state_dict()["state"].items():
-                state |= {f"{part}.{index}.{name}": value for name, value in slots.items()}
-        metadata = {"step": str(self.step), "elapsed": repr(self.elapsed), "config": json.dumps(self._identity())}
-        save_tensors(config.out / STATE, state, metadata)
-        save_starts(config.out, self.held_out)
-        save_model(config.out, self.averaged, about)
+        state |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        for optimizer in self.optimizers.values():
+            slots = cast(dict[str, Any], get_optimizer_state_dict(self.model, optimizer)["state"])
+            state |= {
+                f"optimizer.{name}.{slot}": value for name, values in slots.items() for slot, value in values.items()
+            }
+        return state
 
     def _train_step(self) -> dict[str, float]:
-        config = self.config
+        config, group = self.config, self.group
         rates = {"flow": config.learning_rate, "denoiser": config.denoiser_learning_rate}
         for part, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = rates[part] * self._schedule()
+            for options in optimizer.param_groups:
+                options["lr"] = rates[part] * self._schedule()
         generator = torch.Generator(config.device).manual_seed(config.seed * 1_000_003 + self.step)
-        batch = Batch.from_clips(self.sampler.batch(self.step), self.model)
+        batch = Batch.from_clips(self.sampler.batch(self.step, group.share(config.batch)), self.model)
         plain = "denoiser" in self.optimizers and self.step % config.objective.score_every == 0
-        with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.device.startswith("cuda")):
-            loss = world_loss(self.model, batch, config.objective, generator, plain)
-        values = {name: value.item() for name, value in loss.metrics.items()}
-        values["gradient_norm"] = self._update("flow", loss.value)
+        autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.device.startswith("cuda"))
+        with autocast:
+            loss = world_loss(self.model, batch, config.objective, generator, plain, group, self.replica)
+        metrics, norm = dict(loss.metrics), self._update("flow", loss.value)
         if plain:
-            with torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.device.startswith("cuda")):
-                error = score_loss(self.model, loss, generator)
-            values["score_loss"] = error.item()
+            with autocast:
+                error = score_loss(self.model, loss, generator, group, self.denoiser_replica)
             self._update("denoiser", error)
+            metrics["score_loss"] = error.detach()
         self.average.update_parameters(self.model)
         self.step += 1
-        return {**values, "learning_rate": self.optimizers["flow"].param_groups[0]["lr"]}
+        means = group.average(torch.stack(list(metrics.values()))).tolist()
+        values = dict(zip(metrics, means, strict=True))
+        return {**values, "gradient_norm": norm, "learning_rate": self.optimizers["flow"].param_groups[0]["lr"]}
 
-    def _update(self, part: str, loss: torch.Tensor) -> float:
+    def _update(self, part: str, loss: Tensor) -> float:
         """One step of a part's optimiser; gives the norm of the gradient."""
         config, optimizer = self.config, self.optimizers[part]
         optimizer.zero_grad()
         loss.backward()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip).item()
-        if not (torch.isfinite(loss) and math.isfinite(norm)):
+        parameters = [parameter for options in optimizer.param_groups for parameter in options["params"]]
+        norm = gathered(nn.utils.clip_grad_norm_(parameters, config.gradient_clip)).item()
+        whole = self.group.average(loss).item()
+        if not (math.isfinite(whole) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"step {self.step}: the {part}'s loss is {loss.item()} and its gradient {norm}, expected finite numbers. "
+                f"step {self.step}: the {part}'s loss is {whole} and its gradient {norm}, expected finite numbers. "
                 f"{config.out} keeps the last good checkpoint; go on from it with --resume and a lower --learning-rate."
             )
         optimizer.step()
@@ -304,6 +336,7 @@ class Trainer:
             "validate_minutes",
             "device",
             "threads",
+            "parallel",
             "learning_rate",
             "denoiser_learning_rate",
             "data",
@@ -312,38 +345,31 @@ class Trainer:
         return {name: value for name, value in config.items() if name not in free}
 
     def _load(self) -> None:
-        tensors, metadata = load_tensors(self.config.out / STATE, self.config.device)
-        before, now = json.loads(metadata["config"]), self._identity()
+        progress = json.loads((self.config.out / STATE).read_text())
+        before, now = progress["config"], self._identity()
         if before != now:
             changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
             raise ValueError(
                 f"resume: expected the configuration of the run in {self.config.out}, got {changed} (then, now)."
             )
-        parts: dict[str, dict[str, Any]] = {name: {} for name in ("model", "average", *self.optimizers)}
-        for name, tensor in tensors.items():
-            part, rest = name.split(".", 1)
-            parts[part][rest] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.averaged.load_state_dict(parts["average"])
-        for part, optimizer in self.optimizers.items():
-            state: dict[int, dict[str, Any]] = {}
-            for name, tensor in parts[part].items():
-                index, slot = name.split(".", 1)
-                state.setdefault(int(index), {})[slot] = tensor
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.step, self.elapsed = int(metadata["step"]), float(metadata["elapsed"])
+        load_state(self.config.out / STATE, self._state(), self.group)
+        self.step, self.elapsed = progress["step"], progress["elapsed"]
         self.average.n_averaged.fill_(self.step)
 
     def _sample(self) -> None:
         """Writes a film of an imagined held-out episode above the real one."""
-        compare(
-            World(self.averaged), self.held_out, self.config.out / "samples" / f"{self.step:06d}.mp4", rows=4, frames=24
-        )
+        model, film = self.averaged, self.config.out / "samples" / f"{self.step:06d}.mp4"
+        if self.group.first:
+            compare(World(model), self.held_out, film, rows=4, frames=24)
 
 
 def train(config: TrainConfig) -> dict[str, float]:
-    """Trains a world (see `TrainConfig`) and returns the last validation's numbers."""
-    return Trainer(config).run()
+    """Trains a world (see `TrainConfig`) and returns the last validation's numbers.
+
+    Started by `torchrun`, it is one of the processes that train it together.
+    """
+    with joined(config.device) as group:
+        return Trainer(replace(config, device=group.device), group).run()
 
 
 def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
