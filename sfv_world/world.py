@@ -33,11 +33,11 @@ class WorldOutput(NamedTuple):
     """What a world says of its next frame, by row."""
 
     frames: UInt8[Tensor, "b h w 3"]
-    """The frame: noised as the model sees it when imagined, as given when observed."""
+    """The frame: noised as the model sees it when imagined (latent worlds: as the decoder shows it), as given when observed."""
     log_likelihood: Float[Tensor, "b"]
-    """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]."""
+    """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]; in a latent world, of the noised latents."""
     bits_per_dim: Float[Tensor, "b"]
-    """The same in bits per colour value, negated: lower is likelier."""
+    """The same in bits per colour value (latent worlds: per latent, not comparable with pixels), negated: lower is likelier."""
     rewards: Float[Tensor, "b 2"]
     """Expected reward if the episode goes on (0) and if it ends with this frame (1)."""
     termination_probability: Float[Tensor, "b"]
@@ -158,12 +158,18 @@ class World:
             actions: the B x K-1 actions between them; unknown if not given.
             seeds: an integer per row; 0, 1, 2, ... if not given.
             clock: that of a state which the rows shall join (see `WorldState.put`).
-            noised: whether the frames are imagined ones, which carry the world's noise already: none is added to them.
+            noised: whether the frames are imagined ones, which carry the world's noise already: none is added to them. Those of a
+                latent world carry none, its decoder takes it out: they are read as any others.
 
         Raises:
             ValueError: if shapes, types or values are not what the world expects.
         """
         frames = self._frames(frames, 5)
+        if noised and not self.model.codec.shows_noise:
+            raise ValueError(
+                f"noised: expected False, as {self.name} is a world of latents, whose decoder takes the noise out of the frames "
+                "it shows; got True. Leave it out: the frames are encoded and noised as observed ones are."
+            )
         rows, count = frames.shape[:2]
         vectors, known = self._past_actions(actions, rows, count)
         return self._reset(frames, vectors, known, self._seeds(seeds, rows), clock, noised)
@@ -316,7 +322,7 @@ class World:
         return WorldState(state.stream, frames, state.seeds, state.ages + 1), output
 
     def _bits(self, log_likelihood: Tensor) -> Tensor:
-        return -log_likelihood / (math.log(2) * self.model.config.colour_values)
+        return -log_likelihood / (math.log(2) * self.model.config.dimensions)
 
     def _rng(self, state: WorldState, row: int, purpose: int = 0) -> np.random.Generator:
         return _generator(state.seeds[row], state.ages[row], purpose)
@@ -341,7 +347,8 @@ class World:
 
     def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray, scale: float = 1.0) -> Tensor:
         """Tokens of frames (b, t, h, w, 3) with `scale` times the noise, the first of each row having the number `ages`."""
-        uniform, normal = np.empty(frames.shape, np.float32), np.empty(frames.shape, np.float32)
+        shape = (*frames.shape[:2], *self.model.config.codec.signal)
+        uniform, normal = np.empty(frames.shape, np.float32), np.empty(shape, np.float32)
         for row, frame in np.ndindex(*frames.shape[:2]):
             rng = _generator(seeds[row], ages[row] + frame, 0)
             rng.standard_normal(dtype=np.float32, out=normal[row, frame])

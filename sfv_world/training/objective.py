@@ -52,7 +52,8 @@ class ObjectiveConfig:
     termination_weight: float = 0.1
     """Weight of the termination's cross-entropy."""
     motion_weight: float = 50.0
-    """Weight of a patch in what moved just before, per mean square of a pixel's change; see `motion_weights`."""
+    """Weight of a patch in what moved just before, per mean square of a change 20 times the noise, which is 1 for pixels at
+    noise 0.05; see `motion_weights`."""
     draft_weight: float = 0.02
     """Weight of the learned draft's error; it moves the draft network alone."""
     first_frame_weight: float = 1.0
@@ -64,18 +65,19 @@ def world_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch and its detached parts.
 
-    The flow's part is the mean negative log-likelihood in nats a colour value, weighted by `motion_weights`. Padded frames
-    count nowhere; an ended game's repeated screen is no target for the flow, and the first frame none for the heads.
+    The flow's part is the mean negative log-likelihood in nats a dimension (a colour value or a latent), weighted by
+    `motion_weights`. Padded frames count nowhere; an ended game's repeated screen is no target for the flow, and the first
+    frame none for the heads.
     """
     shape, device = batch.frames.shape, batch.frames.device
     uniform = torch.rand(shape, generator=generator, device=device)
-    normal = torch.randn(shape, generator=generator, device=device)
+    normal = torch.randn((*shape[:2], *model.config.codec.signal), generator=generator, device=device)
     kept = torch.rand(batch.known.shape, generator=generator, device=device) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal)
     reading = model(tokens, batch.actions, batch.known & kept)
-    nats = -reading.log_likelihood / model.config.colour_values
+    nats = -reading.log_likelihood / model.config.dimensions
     share = motion_weights(tokens, model, config.motion_weight)
-    weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.colour_values
+    weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.dimensions
 
     later = torch.arange(shape[1], device=device) > 0
     weights = (batch.valid & ~batch.terminal) * torch.where(later, 1.0, config.first_frame_weight)
@@ -112,7 +114,7 @@ def motion_weights(tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: 
     with torch.no_grad():
         change = ((tokens[:, 1:-1] - tokens[:, :-2]) * model.codec.scale).square().mean(-1) - 2 * model.config.noise**2
         near = F.max_pool2d(change.reshape(-1, 1, rows, columns), 3, stride=1, padding=1)
-        raw = (1 + weight * near).clamp(1, 10).reshape(b, t - 2, l)
+        raw = (1 + weight / (20 * model.config.noise) ** 2 * near).clamp(1, 10).reshape(b, t - 2, l)
         raw = torch.cat([raw.new_ones(b, 2, l), raw], dim=1)
         return raw / raw.mean()
 
