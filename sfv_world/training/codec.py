@@ -7,6 +7,7 @@ random in a step follows from (seed, step). The folder holds the moving average 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,7 +57,7 @@ class TrainCodecConfig:
     weight_decay: float = 0.01
     """Weight decay."""
     ema: float = 0.995
-    """Decay of the moving average of the weights, a step."""
+    """Decay of the moving average of the weights, a step; less in the first steps."""
     held_out: float = 0.05
     """Part of the episodes that is never trained on. Choose this and the seed as for the worlds to come."""
     validate_minutes: float = 2.0
@@ -95,7 +96,7 @@ class CodecTrainer:
         self.model = Autoencoder(shape).to(config.device)
         self.width = nn.Parameter(torch.tensor(-1.0, device=config.device))
         """log of the learned width of the pixels' distribution."""
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average = AveragedModel(self.model, multi_avg_fn=_moving_average(config.ema))
         groups: list[dict[str, Any]] = [
             {"params": list(self.model.parameters())},
             {"params": [self.width], "weight_decay": 0.0},
@@ -143,10 +144,10 @@ class CodecTrainer:
         return validation
 
     @torch.no_grad()
-    def validate(self, frames: int = 1000) -> dict[str, float]:
+    def validate(self, frames: int = 500) -> dict[str, float]:
         """PSNR of held-out reconstructions by the averaged weights, from clean latents and from noised ones."""
         model = self.averaged.eval()
-        model.standardise(self._some(self.train.frames, 2000))
+        model.standardise(self._some(self.train.frames, 1000))
         real = self._some(self.held_out.frames, frames)
         errors = np.zeros(2)
         for first in range(0, len(real), 250):
@@ -197,8 +198,8 @@ class CodecTrainer:
                 "Begin again with a lower --learning-rate."
             )
         self.optimizer.step()
-        self.average.update_parameters(self.model)
         self.step += 1
+        self.average.update_parameters(self.model)
         return 10 * math.log10(4 / max(error.item(), 1e-9))
 
     def _reconstruct(
@@ -219,6 +220,16 @@ class CodecTrainer:
         by_steps = self.step / self.config.steps if self.config.steps else 0.0
         by_time = self.elapsed / (60 * self.config.minutes) if self.config.minutes else 0.0
         return max(by_steps, by_time)
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """A moving average that begins as a plain one: a short run would else remember its random beginning."""
+
+    def update(averages: Any, parameters: Any, count: Any) -> None:
+        begun = (int(count) + 1) / (int(count) + 10)
+        get_ema_multi_avg_fn(min(decay, begun))(averages, parameters, count)
+
+    return update
 
 
 def train_codec(config: TrainCodecConfig) -> dict[str, float]:
