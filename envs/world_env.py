@@ -46,8 +46,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
 
     `step` has in its `info`:
 
-    - `log_likelihood`: log p(frame | all before it, actions), in nats, of the noised pixels in [-1, 1]
-    - `bits_per_dim`: the same in bits per colour value, negated
+    - `log_likelihood`: log p(frame | all before it, actions), in nats, of the noised pixels in [-1, 1] or latents
+    - `bits_per_dim`: the same in bits per colour value or, in a latent world, per latent, negated
     - `sweeps`: passes of the deep flow that decoding took
     - `certificate`: max|z' - z| between the frame's exact noise and the noise asked for
     - `guided`: whether `guidance` moved the frame, whose likelihood is that of the unguided model all the same

@@ -3,15 +3,17 @@
 import json
 from typing import Any
 
+from sfv_world.codec.latent import LatentCodecConfig
 from sfv_world.world import World
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """The results as Markdown; bits are per colour value of a world of pixels, per latent of a world of latents."""
     density, outcomes, rolled = results["density"], results["outcomes"], results["rollouts"]
     horizons = list(rolled["psnr_of_one"])
     lines = [
-        f"**Density**, {density['frames']} held-out frames at noise {density['noise']}, bits per colour value (lower is better):",
+        f"**Density**, {density['frames']} held-out frames at noise {density['noise']}, bits per {density['dimension']} (lower is better; "
+        f"{density['bits_per_frame']:,.0f} a frame):",
         "",
         "| this world | copy of the last frame, fitted Gaussian | entropy of the noise itself |",
         "| --- | --- | --- |",
@@ -27,6 +29,7 @@ def tables(results: dict[str, Any]) -> str:
         "psnr_of_the_mean": f"mean of {rolled['rollouts']} imagined rollouts",
         "psnr_of_one": "one imagined rollout, noise included",
         "psnr_of_copying": "copy of the last observed frame",
+        "psnr_of_the_codec": "the real frame through the codec, noise included",
     }
     for key, name in names.items():
         lines.append(f"| {name} | " + " | ".join(f"{rolled[key][horizon]:.1f}" for horizon in horizons) + " |")
@@ -82,9 +85,13 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
     options = "".join(
         f" --{name} {run[name.replace('-', '_')]}"
-        for name in ("init", "learning-rate")
+        for name in ("init", "codec", "learning-rate")
         if run.get(name.replace("-", "_"))
     )
+    codec, signal, density, clean = "pixels", "pixels in [-1, 1]", "frames", "dequantised frame"
+    if isinstance(world.model.config.codec, LatentCodecConfig):
+        codec = "latents of {} x {} x {} a frame".format(*world.model.config.codec.signal)
+        signal, density, clean = "latents of variance 1", "latents, not frames", "latents of the frame"
     return f"""# {world.name}
 
 A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{world.name}")`.
@@ -94,10 +101,11 @@ A learned world: a causal normalizing flow over video, with exact likelihoods. `
 - **Data**: `{data.get("dataset_id", run["data"])}`, recorded with `{json.dumps(recipe)}`; {run["held_out"]:.0%} of the episodes held out.
 - **Model**: {size:.1f} M parameters, {flow.kind}; deep flow {flow.deep.depth} x {flow.deep.width} over {flow.deep.window} frames, \
 shallow flow of {shallow} of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
+- **Codec**: {codec}.
 - **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
-minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on pixels in [-1, 1].{start}
+minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on {signal}.{start}
 - **Command**: `sfv-world train --data {run["data"]} --out {run["out"]} --minutes {run["minutes"]} --threads {run["threads"]}{options}`
-- **The density** is over noised frames: log p(dequantised frame + {run["noise"]} x normal noise | frames before it, actions).
+- **The density** is over noised {density}: log p({clean} + {run["noise"]} x normal noise | frames before it, actions).
 
 ## Results
 

@@ -6,7 +6,7 @@ was there before.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from minari.serialization import deserialize_space, serialize_space
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.model import ModelConfig, WorldModel
 
 FORMAT = 2
 CONFIG, MODEL, STARTS = "config.json", "model.safetensors", "starts.safetensors"
 DECODING = "decoding.json"
+CODEC, CODEC_FORMAT = "codec.safetensors", 1
 
 
 @contextmanager
@@ -96,15 +98,58 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldM
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path}: expected a world's configuration, got one that cannot be read ({error}).") from error
-    tensors, _ = load_tensors(folder / MODEL, device)
+    tensors = _fitting(folder / MODEL, lambda: WorldModel(model_config, action_space), device)
+    model = WorldModel(model_config, action_space).to(device)
+    model.load_state_dict(tensors)
+    return model.eval(), config.get("about", {})
+
+
+def save_autoencoder(folder: Path, autoencoder: Autoencoder, about: Mapping[str, Any] | None = None) -> None:
+    """Writes the folder of an autoencoder, which `sfv-world train --codec` takes."""
+    shape = TypeAdapter(AutoencoderConfig).dump_python(autoencoder.config, mode="json")
+    save_tensors(folder / CODEC, autoencoder.state_dict())
+    with replacing(folder / CONFIG) as beside:
+        beside.write_text(
+            json.dumps({"codec_format": CODEC_FORMAT, "codec": shape, "about": dict(about or {})}, indent=2) + "\n"
+        )
+
+
+def load_autoencoder(folder: Path, device: str | torch.device = "cpu") -> tuple[Autoencoder, dict[str, Any]]:
+    """Reads what `save_autoencoder` wrote.
+
+    Raises:
+        ValueError: if the folder holds no autoencoder of this format, or its weights do not fit its configuration.
+    """
+    path, remedy = folder / CONFIG, "Train one with `sfv-world train-codec`."
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or config.get("codec_format") != CODEC_FORMAT:
+            found = list(config) if isinstance(config, dict) else type(config).__name__
+            raise ValueError(f"{path}: expected a codec of 'codec_format' {CODEC_FORMAT}, got {found}. {remedy}")
+        shape = TypeAdapter(AutoencoderConfig).validate_python(config["codec"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{folder}: expected a codec's folder, with {CONFIG} and {CODEC}; found no {CONFIG}. {remedy}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError) as error:
+        raise ValueError(
+            f"{path}: expected a codec's configuration, got one that cannot be read ({error}). {remedy}"
+        ) from error
+    tensors = _fitting(folder / CODEC, lambda: Autoencoder(shape), device)
+    autoencoder = Autoencoder(shape).to(device)
+    autoencoder.load_state_dict(tensors)
+    return autoencoder.eval(), config.get("about", {})
+
+
+def _fitting(path: Path, make: Callable[[], nn.Module], device: str | torch.device) -> dict[str, Tensor]:
+    """The tensors of a file, float32, if they are those of the module that `make` makes; else a ValueError."""
+    tensors, _ = load_tensors(path, device)
     with torch.device("meta"):
-        model = WorldModel(model_config, action_space)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        module = make()
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         some = ", ".join(f"{name}: expected {expected.get(name)}, got {found.get(name)}" for name in wrong[:3])
-        raise ValueError(f"{folder / MODEL}: {len(wrong)} tensors do not fit {path.name} ({some}).")
-    model = WorldModel(model_config, action_space).to(device)
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return model.eval(), config.get("about", {})
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit {CONFIG} ({some}).")
+    return {name: tensor.float() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The command line: `sfv-world collect | train | evaluate | demo`, `counterfactual | horizon | calibrate`,
+"""The command line: `sfv-world collect | train-codec | train | evaluate | demo`, `counterfactual | horizon | calibrate`,
 `convert | info | generate`.
 
 Options come from each command's config dataclass.
@@ -20,10 +20,12 @@ from sfv_world.generate import GenerateConfig, generate
 from sfv_world.horizon import HorizonConfig, horizon
 from sfv_world.released.convert import ConvertConfig, convert
 from sfv_world.released.plan import InfoConfig, info
+from sfv_world.training.codec import TrainCodecConfig, train_codec
 from sfv_world.training.trainer import TrainConfig, train
 
 COMMANDS: dict[type, Callable[[Any], Any]] = {
     CollectConfig: collect,
+    TrainCodecConfig: train_codec,
     TrainConfig: train,
     EvaluateConfig: evaluate,
     CounterfactualConfig: counterfactual,
@@ -37,6 +39,10 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
 Command = (
     Annotated[
         CollectConfig, tyro.conf.subcommand("collect", description="Record a real environment into a Minari dataset.")
+    ]
+    | Annotated[
+        TrainCodecConfig,
+        tyro.conf.subcommand("train-codec", description="Train an autoencoder, for worlds of its latents."),
     ]
     | Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train a world on a recording.")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Measure a world on held-out episodes.")]

@@ -21,7 +21,7 @@ from sfv_world.checkpoint import replacing
 from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
-from sfv_world.film import Continuation, compare, imagine, long_clips
+from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.world import World, load_world
 
@@ -95,18 +95,20 @@ def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
     return episodes.split(run["held_out"], run["seed"])
 
 
-def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed: int) -> dict[str, float]:
-    """Bits per colour value of held-out next frames: the world's, the fitted copy's, and the noise's own entropy.
+def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed: int) -> dict[str, Any]:
+    """Bits per dimension of held-out next frames: the world's, the fitted copy's, and the noise's own entropy.
+
+    A dimension is a colour value or, in a latent world, a latent; bits of one kind of world say nothing beside those of the other.
 
     The fitted copy is a Gaussian around the clean last frame with a mean and a scale for every channel of a token, fitted to the
     training episodes with the same noise; the world sees only noised frames.
     """
     model, length = world.model, 16
-    noise, dimensions = model.config.noise, model.config.colour_values
+    noise, dimensions = model.config.noise, model.config.dimensions
 
     def differences(episodes: Episodes, count: int) -> torch.Tensor:
         clips = long_clips(episodes, count, 2, seed)
-        tokens = model.codec.encode(model.codec.pixels(torch.from_numpy(clips.frames).to(world.device)))
+        tokens = model.codec.encode(model.codec.signal(torch.from_numpy(clips.frames).to(world.device)))
         return tokens[:, 1] - tokens[:, 0]
 
     fit = differences(train, 4000).flatten(0, 1)
@@ -127,7 +129,9 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
         "bits_per_dim_full_context": bits[:, length // 2 :].mean().item(),
         "bits_per_dim_fitted_copy": (-copy.mean() / (dimensions * math.log(2))).item(),
         "bits_per_dim_of_the_noise": math.log2(noise * math.sqrt(2 * math.pi * math.e)),
+        "bits_per_frame": bits[:, 1:].mean().item() * dimensions,
         "noise": noise,
+        "dimension": "colour value" if model.codec.shows_noise else "latent",
         "frames": bits[:, 1:].numel(),
     }
 
@@ -169,7 +173,7 @@ def outcomes(world: World, held_out: Episodes, seed: int, limit: int = 200) -> d
 
 
 def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[str, Any]:
-    """PSNR of the mean of several imagined rollouts, of one rollout and of copying the last frame, by horizon."""
+    """PSNR of the mean of several imagined rollouts, of one rollout, of copying the last frame and of the codec, by horizon."""
     frames = config.context + max(HORIZONS)
     clips = long_clips(held_out, config.clips, frames, config.seed)
     runs: list[Continuation] = [
@@ -178,12 +182,14 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
     ]
     real = clips.frames[:, config.context :]
     copy = np.broadcast_to(clips.frames[:, config.context - 1 : config.context], real.shape)
+    through_codec = as_shown(world, real.reshape(-1, *world.frame_shape), config.seed).reshape(real.shape)
     mean = np.mean([run.imagined for run in runs], axis=0)
     outputs = [output for run in runs for output in run.outputs]
     return {
         "psnr_of_the_mean": _by_horizon(mean, real),
         "psnr_of_one": _by_horizon(runs[0].imagined, real),
         "psnr_of_copying": _by_horizon(copy, real),
+        "psnr_of_the_codec": _by_horizon(through_codec, real),
         "rollouts": config.rollouts,
         "clips": config.clips,
         "context": config.context,

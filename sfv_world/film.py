@@ -7,6 +7,7 @@ from typing import NamedTuple
 import av
 import cv2
 import numpy as np
+import torch
 from einops import rearrange
 from jaxtyping import UInt8
 
@@ -47,6 +48,20 @@ def imagine(world: World, clips: Clips, context: int, seed: int = 0) -> Continua
         outputs.append(output)
     imagined = np.stack([output.frames.cpu().numpy() for output in outputs], axis=1)
     return Continuation(clips, imagined, outputs)
+
+
+def as_shown(world: World, frames: UInt8[np.ndarray, "n h w 3"], seed: int) -> UInt8[np.ndarray, "n h w 3"]:
+    """Real frames as the world shows those that it imagines: through its codec, with its noise."""
+    rng, codec, parts = np.random.default_rng([seed, 2]), world.model.codec, []
+    for first in range(0, len(frames), 256):
+        part = torch.from_numpy(frames[first : first + 256])
+        uniform, normal = (
+            torch.from_numpy(draw((len(part), *shape), np.float32))
+            for draw, shape in ((rng.random, part.shape[1:]), (rng.standard_normal, codec.config.signal))
+        )
+        tokens = world.model.noised_tokens(*(x.to(world.device) for x in (part, uniform, normal)))
+        parts.append(codec.frames(codec.decode(tokens)).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def compare(world: World, episodes: Episodes, path: Path, rows: int = 4, frames: int = 24, context: int = 4) -> None:

@@ -30,7 +30,7 @@ from sfv_world.drift import (
     typicality,
 )
 from sfv_world.evaluation import split_as_trained
-from sfv_world.film import long_clips, write_image
+from sfv_world.film import as_shown, long_clips, write_image
 from sfv_world.horizon_report import LEVEL, panels, table
 from sfv_world.plot import draw
 from sfv_world.released.memory import Need, check_memory
@@ -180,7 +180,7 @@ def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
         if config.restart and n and n % config.restart == 0:
             past = take(begin.actions, np.s_[:, n : n + context - 1])
             seeds = _seeds(config, rows, n // config.restart)  # else every chunk would be made of the same noise
-            state = world.reset(frames[:, n - context : n], past, seeds, noised=True)
+            state = world.reset(frames[:, n - context : n], past, seeds, noised=world.model.codec.shows_noise)
         action = take(begin.actions, np.s_[:, context - 1 + n])
         if config.project:
             _, output = cleaned.step(state[:], action)
@@ -213,7 +213,7 @@ def measure(
     """
     shown = _shown(held_out)
     index = [np.arange(start, start + length) for start, length in zip(held_out.starts, shown, strict=True)]
-    real = noised(world, held_out.frames[np.concatenate(index)], config.seed)
+    real = as_shown(world, held_out.frames[np.concatenate(index)], config.seed)
     steps = np.concatenate([np.arange(length) for length in shown]) - config.context + 1
     owner = np.repeat(np.arange(len(held_out)), shown)
 
@@ -308,17 +308,6 @@ def held_out_bits(
     ]
     found = np.concatenate(bits)
     return found[: count // 2].ravel(), found[count // 2 :].ravel()
-
-
-def noised(world: World, frames: UInt8[np.ndarray, "n h w 3"], seed: int) -> UInt8[np.ndarray, "n h w 3"]:
-    """Frames with the world's noise, as it shows those that it imagines."""
-    rng, codec, parts = np.random.default_rng([seed, 2]), world.model.codec, []
-    for first in range(0, len(frames), 256):
-        part = torch.from_numpy(frames[first : first + 256])
-        uniform, normal = (torch.from_numpy(draw(part.shape, np.float32)) for draw in (rng.random, rng.standard_normal))
-        pixels = (codec.pixels(part, uniform) + world.model.config.noise * normal).to(world.device)
-        parts.append(codec.frames(pixels).cpu().numpy())
-    return np.concatenate(parts)
 
 
 def bin_edges(frames: int) -> list[int]:

@@ -3,6 +3,7 @@
 What is learned, without any of the loops around it: `training` fits it, `world` steps it.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ import gymnasium as gym
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from sfv_world.codec.latent import AutoencoderConfig, LatentCodec, LatentCodecConfig
 from sfv_world.codec.pixels import PixelCodec, PixelCodecConfig
+from sfv_world.codec.tokens import Codec
 from sfv_world.control.encoder import ControlEncoder
 from sfv_world.control.spaces import action_size
 from sfv_world.denoiser import Denoiser
@@ -24,12 +27,13 @@ from sfv_world.heads import Outcome, OutcomeHeads
 class ModelConfig:
     """Everything that decides which weights a world has."""
 
-    codec: PixelCodecConfig
+    codec: PixelCodecConfig | LatentCodecConfig
     """Frames to tokens."""
     flow: FlowConfig
     """The density."""
     noise: float = 0.05
-    """Standard deviation of the noise added to pixels in [-1, 1]; the density is over noised frames."""
+    """Standard deviation of the noise added to the codec's signal: pixels in [-1, 1], or latents of variance 1. The density is
+    over the noised signal."""
     control_tokens: int = 4
     """Control tokens a frame."""
     denoiser: TransformerConfig | None = None
@@ -43,9 +47,9 @@ class ModelConfig:
             )
 
     @property
-    def colour_values(self) -> int:
-        """Dimensions of a frame: height x width x 3."""
-        return self.codec.height * self.codec.width * 3
+    def dimensions(self) -> int:
+        """Dimensions of the density of a frame: height x width x 3, or the latents of a frame."""
+        return math.prod(self.codec.signal)
 
 
 class Reading(NamedTuple):
@@ -53,7 +57,7 @@ class Reading(NamedTuple):
 
     encoding: Encoding
     log_likelihood: Float[Tensor, "b t"]
-    """log p(noised frame | frames before it, actions), in nats per frame of pixels in [-1, 1], every constant included."""
+    """log p(noised signal of the frame | frames before it, actions), in nats per frame, every constant included."""
     outcome: Outcome
     draft_error: Float[Tensor, "b s l"] | None
     """How far learned drafts were off (`VideoFlow.draft_error`), where there are any and the model is in training."""
@@ -65,7 +69,11 @@ class WorldModel(nn.Module):
     def __init__(self, config: ModelConfig, action_space: gym.Space[Any]):
         super().__init__()
         self.config, self.action_space = config, action_space
-        self.codec = PixelCodec(config.codec)
+        self.codec: Codec
+        if isinstance(config.codec, LatentCodecConfig):
+            self.codec = LatentCodec(config.codec)
+        else:
+            self.codec = PixelCodec(config.codec)
         self.controls = ControlEncoder(action_size(action_space), config.flow.control_width, config.control_tokens)
         self.flow = VideoFlow(config.flow)
         self.heads = OutcomeHeads(config.flow.deep.width)
@@ -83,12 +91,12 @@ class WorldModel(nn.Module):
 
     def noised_tokens(
         self,
-        frames: UInt8[Tensor, "*b h w 3"],
-        uniform: Float[Tensor, "*b h w 3"],
-        normal: Float[Tensor, "*b h w 3"],
+        frames: UInt8[Tensor, "*b height width 3"],
+        uniform: Float[Tensor, "*b height width 3"],
+        normal: Float[Tensor, "*b h w k"],
     ) -> Float[Tensor, "*b l c"]:
-        """Tokens of frames dequantised by `uniform` in [0, 1) and noised by `normal` ~ N(0, 1)."""
-        return self.codec.encode(self.codec.pixels(frames, uniform) + self.config.noise * normal)
+        """Tokens of frames dequantised by `uniform` in [0, 1), their signal noised by `normal` ~ N(0, 1)."""
+        return self.codec.encode(self.codec.signal(frames, uniform) + self.config.noise * normal)
 
     def forward(
         self,
@@ -127,18 +135,25 @@ def model_config(
     window: int = 6,
     noise: float = 0.05,
     denoiser: bool = True,
+    autoencoder: AutoencoderConfig | None = None,
 ) -> ModelConfig:
     """A configuration from one dial: `size` layers deep, 48 channels wide a layer.
 
     The shallow blocks are half as wide: as many as there are `bands` of equal steps of spatial frequency (default: 6), or two
     in raster order if there are none (the default of the autoregressive kind). So is the denoiser, of two layers. Size 4 has
-    about 4 million parameters, size 8 about 21 million.
+    about 4 million parameters, size 8 about 21 million. With an `autoencoder` the world is one of its latents: `patch`
+    counts places of them, `noise` is theirs, and bands go from the largest principal components of a token to the smallest.
     """
-    bands = (min(6, patch**2) if kind == "frame-parallel" else 0) if bands is None else bands
-    codec = PixelCodecConfig(height, width, patch)
+    codec: PixelCodecConfig | LatentCodecConfig
+    if autoencoder:
+        codec, unit = LatentCodecConfig(autoencoder, patch), 1
+    else:
+        codec, unit = PixelCodecConfig(height, width, patch), 3
+    steps = codec.channels // unit
+    bands = (min(6, steps) if kind == "frame-parallel" else 0) if bands is None else bands
     deep = TransformerConfig(width=48 * size, depth=size, head_dim=48, window=window)
     shallow = TransformerConfig(width=48 * max(1, size // 2), depth=2 if kind == "frame-parallel" else 1, head_dim=48)
-    ends = [3 * max(band, round(patch**2 * (band / bands) ** 2)) for band in range(bands + 1)] if bands else [0]
+    ends = [unit * max(band, round(steps * (band / bands) ** 2)) for band in range(bands + 1)] if bands else [0]
     sizes = tuple(end - start for start, end in pairwise(ends))
     flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, kind=kind)
     if kind == "autoregressive":

@@ -19,11 +19,12 @@ class WorldOutput(NamedTuple):
     """What a world says of its next frame, by row."""
 
     frames: UInt8[Tensor, "b h w 3"]
-    """The frame: when imagined, noised as the model sees it, or clean if denoising was asked for; when observed, as given."""
+    """The frame: when imagined, noised as the model sees it (latent worlds: as the decoder shows that), or clean if denoising
+    was asked for; when observed, as given."""
     log_likelihood: Float[Tensor, "b"]
-    """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]."""
+    """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]; in a latent world, of the noised latents."""
     bits_per_dim: Float[Tensor, "b"]
-    """The same in bits per colour value, negated: lower is likelier."""
+    """The same in bits per colour value (latent worlds: per latent, not comparable with pixels), negated: lower is likelier."""
     rewards: Float[Tensor, "b 2"]
     """Expected reward if the episode goes on (0) and if it ends with this frame (1)."""
     termination_probability: Float[Tensor, "b"]

@@ -145,12 +145,18 @@ class World:
             actions: the B x K-1 actions between them; unknown if not given.
             seeds: an integer per row; 0, 1, 2, ... if not given.
             clock: that of a state which the rows shall join (see `WorldState.put`).
-            noised: whether the frames are imagined ones, which carry the world's noise already: none is added to them.
+            noised: whether the frames are imagined ones, which carry the world's noise already: none is added to them. Those of a
+                latent world carry none, its decoder takes it out: they are read as any others.
 
         Raises:
             ValueError: if shapes, types or values are not what the world expects.
         """
         frames = self._frames(frames, 5)
+        if noised and not self.model.codec.shows_noise:
+            raise ValueError(
+                f"noised: expected False, as {self.name} is a world of latents, whose decoder takes the noise out of the frames "
+                "it shows; got True. Leave it out: the frames are encoded and noised as observed ones are."
+            )
         rows, count = frames.shape[:2]
         vectors, known = self._past_actions(actions, rows, count)
         return self._reset(frames, vectors, known, self._seeds(seeds, rows), clock, noised)
@@ -363,7 +369,7 @@ class World:
             )
 
     def _bits(self, log_likelihood: Tensor) -> Tensor:
-        return -log_likelihood / (math.log(2) * self.model.config.colour_values)
+        return -log_likelihood / (math.log(2) * self.model.config.dimensions)
 
     def _drawn_noise(self, state: WorldState) -> Tensor:
         shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
@@ -386,7 +392,8 @@ class World:
 
     def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray, scale: float = 1.0) -> Tensor:
         """Tokens of frames (b, t, h, w, 3) with `scale` times the noise, the first of each row having the number `ages`."""
-        uniform, normal = np.empty(frames.shape, np.float32), np.empty(frames.shape, np.float32)
+        shape = (*frames.shape[:2], *self.model.config.codec.signal)
+        uniform, normal = np.empty(frames.shape, np.float32), np.empty(shape, np.float32)
         for row, frame in np.ndindex(*frames.shape[:2]):
             rng = _generator(seeds[row], ages[row] + frame, 0)
             rng.standard_normal(dtype=np.float32, out=normal[row, frame])

@@ -45,7 +45,7 @@ def test_decode_inverts_encode(
     close(module.decode(tokens), pixels)
     close(module.encode(module.decode(tokens)), tokens)
     frames = random_frames(*batch, rows * patch, columns * patch, seed=seed)
-    exact(module.frames(module.decode(module.encode(module.pixels(frames)))), frames)
+    exact(module.frames(module.decode(module.encode(module.signal(frames)))), frames)
 
 
 @pytest.mark.parametrize("cosine", [True, False])
@@ -61,7 +61,7 @@ def test_every_value_falls_back_into_its_cell(uniform: float) -> None:
     module = PixelCodec(PixelCodecConfig(16, 16))
     frames = torch.arange(256).byte().view(16, 16, 1).expand(-1, -1, 3)
     for given_uniform in (uniform, torch.full((16, 16, 3), uniform)):
-        pixels = module.pixels(frames, given_uniform)
+        pixels = module.signal(frames, given_uniform)
         assert -1 <= pixels.min() and pixels.max() < 1
         exact(module.frames(pixels), frames)
 
@@ -99,10 +99,10 @@ def test_fitted_tokens_have_unit_variance(noise: float, cosine: bool, seed: int)
     module = codec(8, 8, 4, cosine)
     frames = random_frames(400, 8, 8, seed=seed)
     module.fit(frames, noise)
-    clean = module.encode(module.pixels(frames))
+    clean = module.encode(module.signal(frames))
     expected = 1 - (noise / module.scale).square()
     close(clean.flatten(0, 1).var(0), expected, rtol=1e-3, atol=1e-3)
-    noised = module.encode(module.pixels(frames) + noise * normal(400, 8, 8, 3, seed=seed))
+    noised = module.encode(module.signal(frames) + noise * normal(400, 8, 8, 3, seed=seed))
     close(noised.var(), torch.ones(()), rtol=0.02, atol=0)
 
 

@@ -151,7 +151,9 @@ def test_a_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
 
 
 def test_the_command(home):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name not in ("steps", "objective")]
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name not in ("steps", "objective")
+    ]
     options += ["--minutes=0.0001", "--parallel=fully-shard"]
     command = ("-m", "sfv_world", "train", "--data", home / "data", "--out", home / "command", *options)
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command)

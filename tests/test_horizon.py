@@ -13,7 +13,8 @@ from sfv_world.checkpoint import save_model
 from sfv_world.cli import main
 from sfv_world.drift import colour_and_contrast, judged_imagined, squared_error, ssim, train_judge, typicality
 from sfv_world.evaluation import split_as_trained
-from sfv_world.horizon import HorizonConfig, _episodes, beginnings, bin_edges, free_run, horizon, noised
+from sfv_world.film import as_shown
+from sfv_world.horizon import HorizonConfig, _episodes, beginnings, bin_edges, free_run, horizon
 from sfv_world.model import WorldModel
 from sfv_world.plot import Curve, Panel, draw
 
@@ -162,7 +163,7 @@ def test_stopping_ends_with_the_last_termination(config):
 def test_real_frames_are_noised_as_imagined_ones_are(config):
     world, *_ = begun(config)
     flat = np.full((300, 16, 24, 3), 128, np.uint8)
-    found = noised(world, flat, 0).astype(float) - 128
+    found = as_shown(world, flat, 0).astype(float) - 128
     assert abs(found.mean()) < 0.1 and abs(found.std() - 0.05 * 128) < 0.1
 
 

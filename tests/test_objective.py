@@ -175,7 +175,7 @@ def test_the_flows_part_is_the_likelihood_of_noised_pixels(kind: Kind) -> None:
     generator = torch.Generator().manual_seed(5)
     uniform = torch.rand(data.frames.shape, generator=generator)
     noise = torch.randn(data.frames.shape, generator=generator)
-    pixels = world.codec.pixels(data.frames, uniform) + 0.05 * noise
+    pixels = world.codec.signal(data.frames, uniform) + 0.05 * noise
     tokens = world.codec.encode(pixels)
     log_prob = torch.distributions.Normal(0.0, 1.0).log_prob(tokens).sum((-2, -1)) + world.codec.log_det
     counted = data.valid & ~data.terminal
@@ -229,7 +229,7 @@ def test_one_dial_sizes_a_model(kind: DeepKind, bands: int | None, size: int) ->
     default = 6 if kind == "frame-parallel" else 0
     assert len(config.flow.bands) == (default if bands is None else bands)
     assert config.flow.deep.depth == size and config.flow.deep.width == 48 * size
-    assert config.flow.grid == (4, 6) and config.flow.channels == 48 and config.colour_values == 16 * 24 * 3
+    assert config.flow.grid == (4, 6) and config.flow.channels == 48 and config.dimensions == 16 * 24 * 3
     frames = torch.zeros(1, 2, 16, 24, 3, dtype=torch.uint8)
     world = WorldModel(config, spaces.Discrete(2))
     tokens = world.noised_tokens(frames, torch.full(frames.shape, 0.5), normal(*frames.shape))

@@ -8,11 +8,13 @@ than pixels are. Channels go from coarse to fine. The transform's constant Jacob
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
+
+from sfv_world.codec.tokens import Codec
 
 CELL = 1 - 2**-16  # how much of a value's cell is used: float32 would round its very end into the next one
 
@@ -20,6 +22,8 @@ CELL = 1 - 2**-16  # how much of a value's cell is used: float32 would round its
 @dataclass(frozen=True)
 class PixelCodecConfig:
     """Geometry of the pixel codec."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     height: int = 64
     """Rows of a frame, in pixels."""
@@ -34,6 +38,11 @@ class PixelCodecConfig:
         if self.height % self.patch or self.width % self.patch:
             size = f"{self.height} x {self.width}"
             raise ValueError(f"patch must divide height and width, got patch {self.patch} for frames of {size}")
+
+    @property
+    def signal(self) -> tuple[int, int, int]:
+        """Rows, columns and colours of a frame."""
+        return self.height, self.width, 3
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -61,53 +70,22 @@ def coarse_to_fine(patch: int) -> Int[Tensor, "c"]:
     return torch.argsort((frequency * 3 + colour).flatten(), stable=True)
 
 
-class PixelCodec(nn.Module):
-    """Frames (..., H, W, 3) uint8 <-> tokens (..., L, C) float32, L patches in raster order."""
-
-    transform: Tensor
-    scale: Tensor
+class PixelCodec(Codec):
+    """Frames (..., H, W, 3) uint8 <-> tokens (..., L, C) float32; the signal is the pixels, in [-1, 1]."""
 
     def __init__(self, config: PixelCodecConfig):
-        super().__init__()
-        self.config = config
         transform = torch.eye(config.channels, dtype=torch.float64)
         if config.cosine:
             space, colour = cosine_matrix(config.patch), cosine_matrix(3)
             transform = torch.kron(torch.kron(space, space), colour)[coarse_to_fine(config.patch)]
-        self.register_buffer("transform", transform.float(), persistent=False)
-        self.register_buffer("scale", torch.ones(config.channels))
+        super().__init__(config, transform, learned=False)
 
-    @property
-    def log_det(self) -> Float[Tensor, ""]:
-        """log|det d(tokens)/d(pixels)| of one frame, in nats; pixels in [-1, 1]."""
-        rows, columns = self.config.grid
-        return -rows * columns * self.scale.log().sum()
-
-    def fit(self, frames: UInt8[Tensor, "n h w 3"], noise: float) -> None:
-        """Sets the scale of every channel to its standard deviation over `frames`, noise included."""
-        pixels = self._patches(self.pixels(frames)) @ self.transform.T
-        self.scale.copy_((pixels.flatten(0, -2).var(0) + noise**2).sqrt())
-
-    def pixels(
+    def signal(
         self, frames: UInt8[Tensor, "*b h w 3"], uniform: Float[Tensor, "*b h w 3"] | float = 0.5
     ) -> Float[Tensor, "*b h w 3"]:
         """Dequantised pixels in [-1, 1]; `uniform` in [0, 1) is where in its cell each value lies."""
         return (frames.float() + CELL * uniform) / 128 - 1
 
-    def encode(self, pixels: Float[Tensor, "*b h w 3"]) -> Float[Tensor, "*b l c"]:
-        """Pixels in [-1, 1] -> tokens."""
-        return self._patches(pixels) @ self.transform.T / self.scale
-
-    def decode(self, tokens: Float[Tensor, "*b l c"]) -> Float[Tensor, "*b h w 3"]:
-        """Tokens -> pixels in [-1, 1] (not clipped): the inverse of `encode`."""
-        rows, columns = self.config.grid
-        patches = (tokens * self.scale) @ self.transform
-        return rearrange(patches, "... (r c) (i j k) -> ... (r i) (c j) k", r=rows, c=columns, i=self.config.patch, k=3)
-
-    def frames(self, pixels: Float[Tensor, "*b h w 3"]) -> UInt8[Tensor, "*b h w 3"]:
+    def frames(self, signal: Float[Tensor, "*b h w 3"]) -> UInt8[Tensor, "*b h w 3"]:
         """Pixels in [-1, 1] -> the uint8 frame whose cell they lie in."""
-        return ((pixels + 1) * 128).floor().clamp(0, 255).byte()
-
-    def _patches(self, pixels: Tensor) -> Tensor:
-        patch = self.config.patch
-        return rearrange(pixels, "... (r i) (c j) k -> ... (r c) (i j k)", i=patch, j=patch)
+        return ((signal + 1) * 128).floor().clamp(0, 255).byte()

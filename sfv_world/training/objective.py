@@ -55,7 +55,8 @@ class ObjectiveConfig:
     termination_weight: float = 0.1
     """Weight of the termination's cross-entropy."""
     motion_weight: float = 50.0
-    """Weight of a patch in what moved just before, per mean square of a pixel's change; see `motion_weights`."""
+    """Weight of a patch in what moved just before, per mean square of a change 20 times the noise, which is 1 for pixels at
+    noise 0.05; see `motion_weights`."""
     draft_weight: float = 0.02
     """Weight of the learned draft's error; it moves the draft network alone."""
     first_frame_weight: float = 1.0
@@ -93,23 +94,24 @@ def world_loss(
 ) -> Loss:
     """The loss of a batch.
 
-    The flow's part is the mean negative log-likelihood in nats a colour value, weighted by `motion_weights`. Padded frames
-    count nowhere; an ended game's repeated screen is no target for the flow, and the first frame none for the heads. A `plain`
-    loss moves the flow by its own part alone, without any weights: see `score_loss`.
+    The flow's part is the mean negative log-likelihood in nats a dimension (a colour value or a latent), weighted by
+    `motion_weights`. Padded frames count nowhere; an ended game's repeated screen is no target for the flow, and the first
+    frame none for the heads. A `plain` loss moves the flow by its own part alone, without any weights: see `score_loss`.
 
     Where `batch` is one process's rows, so is the result one process's part: the mean over the processes of `group` is the loss of
     all rows. `replica` is called in the model's place (see `Group.replica`).
     """
     shape, device = batch.frames.shape, batch.frames.device
-    every = (group.size * shape[0], *shape[1:])  # the noise of all rows, whatever share of them is here
-    uniform = group.own(torch.rand(every, generator=generator, device=device))
-    normal = group.own(torch.randn(every, generator=generator, device=device))
-    kept = group.own(torch.rand(every[:2], generator=generator, device=device)) >= config.action_dropout
+    rows = group.size * shape[0]  # the noise of all rows, whatever share of them is here
+    uniform = group.own(torch.rand((rows, *shape[1:]), generator=generator, device=device))
+    signal = model.config.codec.signal
+    normal = group.own(torch.randn((rows, shape[1], *signal), generator=generator, device=device))
+    kept = group.own(torch.rand((rows, shape[1]), generator=generator, device=device)) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal).requires_grad_(plain)
     reading = (replica or model)(tokens, batch.actions, batch.known & kept, heads_apart=plain)
-    nats = -reading.log_likelihood / model.config.colour_values
+    nats = -reading.log_likelihood / model.config.dimensions
     share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight, group)
-    weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.colour_values
+    weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.dimensions
 
     later = torch.arange(shape[1], device=device) > 0
     weights = (batch.valid & ~batch.terminal) * torch.where(later | plain, 1.0, config.first_frame_weight)
@@ -146,7 +148,7 @@ def score_loss(
     learns to do without. `replica` is called in the denoiser's place.
     """
     assert model.denoiser is not None and loss.tokens.grad is not None, "the trainer asks where there are both"
-    dimensions = model.config.colour_values * group.average(loss.weights.sum())
+    dimensions = model.config.dimensions * group.average(loss.weights.sum())
     target = -dimensions * model.token_noise * loss.tokens.grad
     b, t = loss.weights.shape
     shown = group.own(torch.rand(group.size * b, t, generator=generator, device=target.device)) < 0.5
@@ -157,7 +159,7 @@ def score_loss(
 def noise_left(model: WorldModel, batch: Batch, loss: Loss) -> Tensor:
     """Mean square of what the denoiser leaves of the noise when it sees nothing ahead; 1 if it does nothing."""
     assert model.denoiser is not None, "the trainer asks where there is one"
-    clean = model.codec.encode(model.codec.pixels(batch.frames))
+    clean = model.codec.encode(model.codec.signal(batch.frames))
     shown = torch.zeros_like(loss.weights, dtype=torch.bool)
     score = video_score(model.denoiser, loss.tokens, loss.features, shown)
     error = (loss.tokens - clean) / model.token_noise + score
@@ -180,6 +182,6 @@ def motion_weights(
     with torch.no_grad():
         change = ((tokens[:, 1:-1] - tokens[:, :-2]) * model.codec.scale).square().mean(-1) - 2 * model.config.noise**2
         near = F.max_pool2d(change.reshape(-1, 1, rows, columns), 3, stride=1, padding=1)
-        raw = (1 + weight * near).clamp(1, 10).reshape(b, t - 2, l)
+        raw = (1 + weight / (20 * model.config.noise) ** 2 * near).clamp(1, 10).reshape(b, t - 2, l)
         raw = torch.cat([raw.new_ones(b, 2, l), raw], dim=1)
         return raw / group.average(raw.mean())

@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sfv_world.checkpoint import load_model, save_model
+from sfv_world.checkpoint import load_autoencoder, load_model, save_model
+from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
@@ -59,12 +60,15 @@ class TrainConfig:
     have another window."""
     resume: bool = False
     """Continue the run in `out`, which must have the same configuration up to its length."""
-    patch: int = 8
-    """Side of a patch, in pixels."""
+    codec: Path | None = None
+    """Folder of a codec (see `sfv-world train-codec`) to train a world of its latents; none: a world of pixels."""
+    patch: int | None = None
+    """Side of a patch, in pixels or, with a codec, in places of its latents; none: 8 pixels, or 2 places."""
     window: int = 6
     """Frames the deep flow sees."""
-    noise: float = 0.05
-    """Standard deviation of the noise on pixels in [-1, 1]."""
+    noise: float | None = None
+    """Standard deviation of the noise on pixels in [-1, 1] or, with a codec, on its latents, which have variance 1; none: 0.05,
+    or what the codec's decoder was trained with."""
     clip: int = 10
     """Frames of a clip."""
     batch: int = 2
@@ -125,20 +129,32 @@ class Trainer:
             )
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
-        torch.manual_seed(config.seed)
         height, width = episodes.frames.shape[1:3]
+        autoencoder = load_autoencoder(config.codec)[0] if config.codec else None
+        if autoencoder and (found := (autoencoder.config.height, autoencoder.config.width)) != (height, width):
+            raise ValueError(
+                f"codec: expected one of frames of {height} x {width} as {config.data} has, got one of {found[0]} x {found[1]} in "
+                f"{config.codec}. Train one on this recording with `sfv-world train-codec`."
+            )
+        patch = config.patch or (2 if autoencoder else 8)
+        noise = config.noise if config.noise is not None else autoencoder.config.noise if autoencoder else 0.05
+        self.config = config = replace(config, patch=patch, noise=noise)
+        torch.manual_seed(config.seed)
         shape = model_config(
             PRESETS[config.preset],
             height,
             width,
-            patch=config.patch,
+            patch=patch,
             kind=config.kind,
             bands=config.bands,
             window=config.window,
-            noise=config.noise,
+            noise=noise,
             denoiser=config.denoiser,
+            autoencoder=autoencoder.config if autoencoder else None,
         )
         self.model = WorldModel(shape, episodes.action_space).to(config.device)
+        if autoencoder:
+            cast(LatentCodec, self.model.codec).autoencoder.load_state_dict(autoencoder.state_dict())
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
         self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
         self.before: dict[str, float] | None = None
@@ -157,9 +173,16 @@ class Trainer:
             if (theirs, before.action_space) != (shape, episodes.action_space):
                 raise ValueError(
                     f"init: expected a world of the shape {shape} for actions {episodes.action_space}, got {before.config} "
-                    f"for {before.action_space}. Choose the preset, kind, window, patch and noise it was trained with."
+                    f"for {before.action_space}. Choose the preset, kind, window, codec, patch and noise it was trained with."
                 )
-            self.model.load_state_dict(self.model.state_dict() | weights)
+            mine = self.model.state_dict()
+            if any(
+                not torch.equal(w, mine[name]) for name, w in weights.items() if name.startswith("codec.autoencoder.")
+            ):
+                raise ValueError(
+                    f"init: expected a world of the codec {config.codec}, got one of another. Choose the codec it has."
+                )
+            self.model.load_state_dict(mine | weights)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         denoiser = self.model.denoiser
         if group.size > 1 and config.parallel == "fully-shard":
