@@ -49,6 +49,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines.append(line("{}-{}".format(*entry["steps"]), entry, *more))
     policy = f"reset every {config['restart']} frames" if config["restart"] else f"window of {results['window']} frames"
+    policy += ", each frame cleaned and noised afresh" if config["project"] else ""
     lines.append(
         f"{policy}, temperature {config['temperature']:g}; largest certificate {results['largest_certificate']:.1e}; "
         f"first terminations after {', '.join(str(step or 'never') for step in results['first_termination'])}"
