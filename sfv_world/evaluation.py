@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Real, UInt8
 from tqdm import tqdm
 
 from sfv_world.card import model_card, tables
@@ -212,7 +212,8 @@ def denoising(world: World, held_out: Episodes, count: int, seed: int, length: i
     errors: dict[str, list[torch.Tensor]] = {"none": [], "raw_score": [], "causal": [], "lookahead": []}
     for part in np.array_split(np.arange(count), math.ceil(count / 4)):
         frames = torch.from_numpy(clips.frames[part])
-        uniform, normal = torch.rand(frames.shape, generator=generator), torch.randn(frames.shape, generator=generator)
+        uniform = torch.rand(frames.shape, generator=generator)
+        normal = torch.randn((*frames.shape[:2], *model.config.codec.signal), generator=generator)
         frames, uniform, normal = (x.to(world.device) for x in (frames, uniform, normal))
         tokens = model.noised_tokens(frames, uniform, normal).requires_grad_()
         past = flatten_actions(model.action_space, take(clips.actions, part), (len(part), length - 1))
@@ -239,7 +240,7 @@ def denoising(world: World, held_out: Episodes, count: int, seed: int, length: i
     return found
 
 
-def psnr(imagined: Float[np.ndarray, "b h w 3"], real: UInt8[np.ndarray, "b h w 3"]) -> float:
+def psnr(imagined: Real[np.ndarray, "b h w 3"], real: UInt8[np.ndarray, "b h w 3"]) -> float:
     """Peak signal-to-noise ratio, in decibels, of the squared error averaged over all frames.
 
     Averaged before the logarithm, because a copy of a frame in which nothing moves has no error at all.

@@ -102,7 +102,9 @@ def test_every_kind_of_flow_can_be_sharded(home):
     same(home / "one-drafted", home / "drafted")
 
 
-@pytest.mark.parametrize(("name", "told"), [("from-one", ["done"] * 2), ("to-three", ["done"] * 3), ("to-one", ["done"])])
+@pytest.mark.parametrize(
+    ("name", "told"), [("from-one", ["done"] * 2), ("to-three", ["done"] * 3), ("to-one", ["done"])]
+)
 def test_a_run_goes_on_with_another_number_of_processes(home, name, told):
     assert ends(home, name) == told
     same(home / "one", home / name)
