@@ -20,7 +20,8 @@ from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import imagine, long_clips
-from sfv_world.world import World, load_world
+from sfv_world.loading import load_world
+from sfv_world.world import World
 
 ACTIONS = {"doom-basic": ["noop", "attack", "right", "left"], "doom-takecover": ["noop", "right", "left"]}
 

@@ -17,8 +17,9 @@ from speed import time_steps
 from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.data.clips import load_episodes
 from sfv_world.evaluation import EvaluateConfig, density, rollouts
+from sfv_world.loading import load_world
 from sfv_world.training.trainer import STATE, TrainConfig, Trainer
-from sfv_world.world import World, load_world
+from sfv_world.world import World
 
 Variant = Literal["frame-parallel", "frame-parallel-raster", "autoregressive"]
 VARIANTS: dict[str, dict[str, Any]] = {

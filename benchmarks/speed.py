@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.envs.vector_env import WorldVectorEnv
-from sfv_world.state import WorldState
-from sfv_world.world import World, WorldOutput, load_world
+from sfv_world.loading import load_world
+from sfv_world.state import WorldOutput, WorldState
+from sfv_world.world import World
 
 GOALS = {"cpu": ("two CPU cores", {1: 60, 32: 150}), "cuda": ("an H200", {1: 100, 256: 5000})}
 """Frames a second by batch size, and the machine they are meant for, by type of device."""

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sfv_world.data.clips import take
 from sfv_world.envs.world_env import check_state_is_of, open_world, step_info, warn_if_unconverged
-from sfv_world.state import WorldState
-from sfv_world.world import World, WorldOutput
+from sfv_world.state import WorldOutput, WorldState
+from sfv_world.world import World
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from gymnasium.error import ResetNeeded
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sfv_world.state import WorldState
-from sfv_world.world import World, WorldOutput, load_world
+from sfv_world.loading import load_world
+from sfv_world.state import WorldOutput, WorldState
+from sfv_world.world import World
 
 ENLARGED = 8
 """Side of a pixel in the window of render mode "human"."""

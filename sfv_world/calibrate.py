@@ -14,9 +14,10 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from sfv_world.checkpoint import replacing
+from sfv_world.checkpoint import DECODING, replacing
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.world import DECODING, World, calibrated, load_world
+from sfv_world.loading import calibrated, load_world
+from sfv_world.world import World
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Actions, take
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import long_clips, write_image, write_video
-from sfv_world.world import Abduction, World, WorldOutput, load_world
+from sfv_world.loading import load_world
+from sfv_world.state import WorldOutput
+from sfv_world.world import Abduction, World
 
 MARK = np.array([255, 64, 64], np.uint8)
 """Colour of the line above frames that the changed action leads to."""

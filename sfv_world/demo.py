@@ -14,7 +14,7 @@ from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
 from sfv_world.film import write_image, write_video
-from sfv_world.world import load_world
+from sfv_world.loading import load_world
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from sfv_world.data.clips import Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
-from sfv_world.world import World, load_world
+from sfv_world.loading import load_world
+from sfv_world.world import World
 
 HORIZONS = (1, 4, 8, 16)
 

@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 
 from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import Clips, ClipSampler, Episodes, take
-from sfv_world.world import World, WorldOutput
+from sfv_world.state import WorldOutput
+from sfv_world.world import World
 
 
 class Continuation(NamedTuple):

@@ -32,9 +32,10 @@ from sfv_world.drift import (
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import as_shown, long_clips, write_image
 from sfv_world.horizon_report import LEVEL, panels, table
+from sfv_world.loading import load_world
 from sfv_world.plot import draw
 from sfv_world.released.memory import Need, check_memory
-from sfv_world.world import World, load_world
+from sfv_world.world import World
 
 FIRST_BIN = 8
 """Steps of the first bin of the horizon; each bin ends at twice the step."""

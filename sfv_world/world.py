@@ -14,20 +14,16 @@ import gymnasium as gym
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from sfv_world.checkpoint import DECODING, STARTS, load_model, load_tensors, save_tensors
-from sfv_world.control.spaces import action_size, flatten_actions
-from sfv_world.data.clips import ClipSampler, Episodes
+from sfv_world.checkpoint import STARTS, load_tensors, save_tensors
+from sfv_world.control.spaces import flatten_actions
 from sfv_world.decoding.frames import FrameReport, check_decoding, imagine_frame, read_frame, read_video
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.denoiser import Seen
 from sfv_world.flow.shallow import BandFlow
 from sfv_world.model import WorldModel
 from sfv_world.state import Held, WorldOutput, WorldState
-
-SHIPPED = Path(__file__).parent / "checkpoints"
 
 
 class Score(NamedTuple):
@@ -439,59 +435,6 @@ class World:
         if copy.ndim != dimensions or tuple(copy.shape[-3:]) != self.frame_shape or 0 in copy.shape:
             raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
         return torch.as_tensor(copy, device=self.device)
-
-
-def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: DecodingConfig | None = None) -> World:
-    """Loads a world: the name of a shipped one, or a folder.
-
-    Args:
-        name: of the world.
-        device: where to compute it.
-        decoding: how; none: as it was calibrated for this kind of device, or the defaults.
-
-    Raises:
-        ValueError: if there is none, or its files are damaged or do not fit each other.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = SHIPPED / str(name)
-    if not folder.is_dir():
-        shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
-        raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
-    model, about = load_model(folder, device)
-    world = World(model, decoding or calibrated(folder, device), None, about, folder.resolve())
-    if (folder / STARTS).exists():
-        world.starts, _ = load_tensors(folder / STARTS)
-        expected = {"frames": world.frame_shape, "actions": (action_size(world.action_space),)}
-        found = {name: tuple(tensor.shape) for name, tensor in world.starts.items()}
-        if {name: shape[2:] for name, shape in found.items()} != expected or len({s[:2] for s in found.values()}) > 1:
-            raise ValueError(f"{folder / STARTS}: expected (count, K) each of {expected}, got {found}. Train it again.")
-    return world
-
-
-def calibrated(folder: Path, device: str | torch.device) -> DecodingConfig | None:
-    """How `sfv-world calibrate` found the world in `folder` to decode fastest on this kind of device; none if it was not run."""
-    path = folder / DECODING
-    if not path.exists():
-        return None
-    try:
-        return TypeAdapter(dict[str, DecodingConfig]).validate_json(path.read_bytes()).get(torch.device(device).type)
-    except ValidationError as error:
-        raise ValueError(
-            f"{path}: expected decoding options by device ({error}). Run `sfv-world calibrate`."
-        ) from error
-
-
-def save_starts(folder: Path, episodes: Episodes, count: int = 32, frames: int = 4) -> None:
-    """Keeps the first frames of some episodes, and the actions between them, to start a world from."""
-    chosen = np.flatnonzero(episodes.lengths > frames)[:count]
-    if len(chosen) == 0:
-        raise ValueError(f"episodes: expected at least one of more than {frames} frames to start from, got none.")
-    clips = ClipSampler(episodes, frames, count).clips(episodes.starts[chosen])
-    actions = flatten_actions(episodes.action_space, clips.actions, (len(chosen), frames - 1))
-    vectors = np.concatenate([np.zeros_like(actions[:, :1]), actions], axis=1)
-    tensors = {"frames": torch.from_numpy(clips.frames), "actions": torch.from_numpy(vectors)}
-    save_tensors(folder / STARTS, tensors)
 
 
 def _generator(seed: SupportsInt, age: SupportsInt, purpose: int) -> np.random.Generator:

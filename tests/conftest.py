@@ -18,8 +18,9 @@ from sfv_world.codec.pixels import PixelCodecConfig  # noqa: E402
 from sfv_world.control.spaces import action_size  # noqa: E402
 from sfv_world.flow.model import FlowConfig  # noqa: E402
 from sfv_world.flow.transformer import TransformerConfig  # noqa: E402
+from sfv_world.loading import load_world  # noqa: E402
 from sfv_world.model import ModelConfig, WorldModel  # noqa: E402
-from sfv_world.world import World, load_world  # noqa: E402
+from sfv_world.world import World  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import pytest
 from sfv_world.calibrate import CalibrateConfig, block_sizes, calibrate, store
 from sfv_world.checkpoint import DECODING
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.world import load_world
+from sfv_world.loading import load_world
 
 
 @pytest.fixture

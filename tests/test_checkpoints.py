@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from sfv_world.world import SHIPPED, load_world
+from sfv_world.loading import SHIPPED, load_world
 
 NAMES = ("doom-basic", "doom-takecover")
 

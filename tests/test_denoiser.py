@@ -19,10 +19,10 @@ from sfv_world.decoding.solver import Denoise
 from sfv_world.denoiser import Denoiser, Seen, video_score
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.flow.transformer import TransformerConfig
+from sfv_world.loading import load_world
 from sfv_world.model import WorldModel
 from sfv_world.state import WorldOutput
 from sfv_world.training.objective import ObjectiveConfig, noise_left, score_loss, world_loss
-from sfv_world.world import load_world
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 4, 16, 24, 3), np.uint8)
 ACTIONS = np.random.default_rng(1).integers(0, 3, (3, 30))

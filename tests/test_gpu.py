@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sfv_world.data.collect import CollectConfig, collect
+from sfv_world.loading import load_world
 from sfv_world.training.trainer import TrainConfig, train
-from sfv_world.world import load_world
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from sfv_world import World, load_world
 from sfv_world.checkpoint import CONFIG, MODEL, STARTS, load_tensors, save_model, save_tensors
 from sfv_world.decoding.frames import read_frame
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.world import WorldOutput, WorldState
+from sfv_world.state import WorldOutput, WorldState
 
 FRAMES = 10  # three windows of the tiny worlds and a bit
 ACTIONS = np.random.default_rng(1).integers(0, 3, (4, FRAMES))

@@ -27,10 +27,11 @@ from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
+from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
 from sfv_world.training.distributed import ALONE, Group, Parallel, gathered, joined, load_state, save_state
 from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
-from sfv_world.world import World, save_starts
+from sfv_world.world import World
 
 PRESETS = {"tiny": 2, "small": 4, "base": 8}
 """The one dial of `model_config`, by name."""
