@@ -1,9 +1,13 @@
 """The model card of a trained world: what `evaluation` measured, as Markdown."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sfv_world.codec.latent import LatentCodecConfig
+from sfv_world.training.trainer import TrainConfig
 from sfv_world.world import World
 
 
@@ -83,11 +87,8 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     shallow = f"{len(flow.bands)} bands, coarse to fine," if flow.bands else f"{flow.shallow_blocks} raster blocks"
     before = world.about.get("before")
     start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
-    options = "".join(
-        f" --{name} {run[name.replace('-', '_')]}"
-        for name in ("init", "codec", "learning-rate")
-        if run.get(name.replace("-", "_"))
-    )
+    usual = TypeAdapter(TrainConfig).dump_python(TrainConfig(Path(run["data"]), Path(run["out"]), steps=1), mode="json")
+    options = " ".join(_options(run, {**usual, "data": None, "out": None, "device": run["device"]}))
     codec, signal, density, clean = "pixels", "pixels in [-1, 1]", "frames", "dequantised frame"
     if isinstance(world.model.config.codec, LatentCodecConfig):
         codec = "latents of {} x {} x {} a frame".format(*world.model.config.codec.signal)
@@ -104,7 +105,7 @@ shallow flow of {shallow} of {flow.shallow.depth} x {flow.shallow.width}; {flow.
 - **Codec**: {codec}.
 - **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
 minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on {signal}.{start}
-- **Command**: `sfv-world train --data {run["data"]} --out {run["out"]} --minutes {run["minutes"]} --threads {run["threads"]}{options}`
+- **Command**: `sfv-world train {options}`
 - **The density** is over noised {density}: log p({clean} + {run["noise"]} x normal noise | frames before it, actions).
 
 ## Results
@@ -113,3 +114,14 @@ Measured by `sfv-world evaluate --world {world.name} --data {run["data"]}` ({res
 
 {tables(results)}
 """
+
+
+def _options(run: dict[str, Any], usual: dict[str, Any], lead: str = "--") -> list[str]:
+    """The options of a command that are not the usual ones."""
+    found = []
+    for name, value in run.items():
+        if isinstance(value, dict):
+            found += _options(value, usual.get(name, {}), f"{lead}{name}.")
+        elif value not in (None, usual.get(name)) and name != "resume":
+            found.append(f"{lead}{name.replace('_', '-')} {value}")
+    return found
