@@ -86,22 +86,24 @@ def shift(before: np.ndarray, after: np.ndarray) -> float:
 def strafing(
     world: World, held_out: Episodes, names: list[str], config: BehaviourConfig
 ) -> dict[str, dict[str, float]]:
-    """Pixels a frame that the view moves under each action held for six frames, imagined; and in the recording."""
-    clips = long_clips(held_out, config.rows, 8, config.seed)
+    """Pixels a frame that the view moves while an action is held for six frames: imagined, and what really happened there."""
+    context, held = 8, 6
     found = {}
-    moving = held_out.actions
-    held = np.stack([moving[:-4] == moving[1:-3], moving[1:-3] == moving[2:-2]]).all(0)
     for number, name in enumerate(names):
-        state = world.reset(clips.frames, clips.actions)
-        frames = [clips.frames[:, -1]]
-        for _ in range(6):
-            state, output = world.step(state, np.full(len(clips.frames), number))
-            frames.append(output.frames.cpu().numpy())
-        imagined = [shift(a, b) for k in (3, 4, 5) for a, b in zip(frames[k], frames[k + 1], strict=True)]
-        rows = np.flatnonzero(held & (moving[:-4] == number) & (np.diff(held_out.repeated.cumsum())[:-3] == 0))
-        rows = np.random.default_rng(config.seed).permutation(rows)[: 3 * config.rows]
-        real = [shift(held_out.frames[row + 2], held_out.frames[row + 3]) for row in rows]
-        found[name] = {"imagined": float(np.median(imagined)), "real": float(np.median(real))}
+        starts = [
+            start
+            for first, end in zip(held_out.starts, held_out.ends, strict=True)
+            for start in range(first, end - context - held - 1)
+            if (held_out.actions[start + context - 1 : start + context - 1 + held] == number).all()
+        ]
+        chosen = np.random.default_rng(config.seed).permutation(starts)[: config.rows]
+        clips = ClipSampler(held_out, context + held, len(chosen)).clips(chosen)
+        imagined, real = imagine(world, clips, context).imagined, clips.frames[:, context:]
+        moved = []
+        for frames in (imagined, real):
+            before, after = (frames[:, part].reshape(-1, *frames.shape[2:]) for part in (np.s_[2:-1], np.s_[3:]))
+            moved.append(np.median([shift(a, b) for a, b in zip(before, after, strict=True)]))
+        found[name] = {"imagined": float(moved[0]), "real": float(moved[1]), "clips": len(chosen)}
     return found
 
 
