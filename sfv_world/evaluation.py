@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
-from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.loading import load_world
+from sfv_world.training.objective import Batch
 from sfv_world.world import World
 
 HORIZONS = (1, 4, 8, 16)
@@ -115,9 +115,9 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
     fit = differences(train, 4000).flatten(0, 1)
     found = differences(held_out, frames)
     normal = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(world.device)
-    sigma = (fit.var(0) + (noise / model.codec.scale) ** 2).sqrt()
+    sigma = (fit.var(0) + model.token_noise**2).sqrt()
     fields = Fields(fit.mean(0).expand_as(found), sigma.expand_as(found))
-    z, log_det = fields.normalise(found + noise / model.codec.scale * normal)
+    z, log_det = fields.normalise(found + model.token_noise * normal)
     copy = (standard_normal_log_prob(z) + log_det).sum(-1) + model.codec.log_det
 
     clips = long_clips(held_out, math.ceil(frames / (length - 1)), length, seed)
@@ -210,17 +210,14 @@ def denoising(world: World, held_out: Episodes, count: int, seed: int, length: i
     model, clips = world.model, long_clips(held_out, count, length, seed)
     assert model.denoiser is not None, "the caller asks where there is one"
     generator = torch.Generator().manual_seed(seed)
+    batch = Batch.from_clips(clips, model)
     errors: dict[str, list[torch.Tensor]] = {"none": [], "raw_score": [], "causal": [], "lookahead": []}
     for part in np.array_split(np.arange(count), math.ceil(count / 4)):
-        frames = torch.from_numpy(clips.frames[part])
+        frames, known = batch.frames[part], batch.known[part]
         uniform = torch.rand(frames.shape, generator=generator)
         normal = torch.randn((*frames.shape[:2], *model.config.codec.signal), generator=generator)
-        frames, uniform, normal = (x.to(world.device) for x in (frames, uniform, normal))
-        tokens = model.noised_tokens(frames, uniform, normal).requires_grad_()
-        past = flatten_actions(model.action_space, take(clips.actions, part), (len(part), length - 1))
-        actions = torch.from_numpy(np.concatenate([np.zeros_like(past[:, :1]), past], axis=1)).to(world.device)
-        known = torch.arange(length, device=world.device).expand(len(part), -1) > 0
-        reading = model(tokens, actions, known)
+        tokens = model.noised_tokens(frames, uniform.to(world.device), normal.to(world.device)).requires_grad_()
+        reading = model(tokens, batch.actions[part], known)
         (gradient,) = torch.autograd.grad(reading.log_likelihood.sum(), tokens)
         with torch.no_grad():
             features = reading.encoding.features
@@ -237,7 +234,7 @@ def denoising(world: World, held_out: Episodes, count: int, seed: int, length: i
     for name, parts in errors.items():
         error = torch.cat(parts)
         flicker = error.diff(dim=1).square().mean().sqrt().item()
-        found[name] = {"psnr": 10 * math.log10(255**2 / error.square().mean().item()), "flicker": flicker}
+        found[name] = {"psnr": _decibels(error.square().mean().item()), "flicker": flicker}
     return found
 
 
@@ -246,7 +243,11 @@ def psnr(imagined: Real[np.ndarray, "b h w 3"], real: UInt8[np.ndarray, "b h w 3
 
     Averaged before the logarithm, because a copy of a frame in which nothing moves has no error at all.
     """
-    return float(10 * np.log10(255**2 / max(np.square(imagined.astype(np.float64) - real).mean(), 1e-9)))
+    return _decibels(np.square(imagined.astype(np.float64) - real).mean())
+
+
+def _decibels(mean_square: float) -> float:
+    return 10 * math.log10(255**2 / max(mean_square, 1e-9))
 
 
 def _by_horizon(imagined: np.ndarray, real: np.ndarray) -> dict[int, float]:

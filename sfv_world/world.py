@@ -292,9 +292,8 @@ class World:
         tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64), 0.0 if noised else 1.0)
         stream, encoding = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
         state = WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
-        if (
-            self.decoding.denoise == "lookahead"
-        ):  # the first step tells of the last observed frame, which earned nothing
+        if self.decoding.denoise == "lookahead":
+            # The first step tells of the last observed frame, which earned nothing.
             last = (x[:, -1] for x in (encoding.log_prob, encoding.noise, encoding.features))
             report = FrameReport.of_read(self.model.flow, *last)
             output = self._output(seeds, state.ages - 1, report, frames[:, -1])

@@ -165,9 +165,8 @@ class Trainer:
             self.before = {name: about.get(name, 0) + earlier.get(name, 0) for name in ("steps", "minutes")}
             deep = replace(before.config.flow.deep, window=shape.flow.deep.window)
             weights, theirs = before.state_dict(), replace(before.config, flow=replace(before.config.flow, deep=deep))
-            if (
-                theirs.codec == shape.codec and theirs.flow.bands != shape.flow.bands
-            ):  # another kind of shallow flow begins anew
+            if theirs.codec == shape.codec and theirs.flow.bands != shape.flow.bands:
+                # Another kind of shallow flow begins anew.
                 weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
                 theirs = replace(theirs, flow=replace(theirs.flow, bands=shape.flow.bands))
             if None in (theirs.denoiser, shape.denoiser):  # one of them has no denoiser
