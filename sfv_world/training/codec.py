@@ -19,13 +19,13 @@ from jaxtyping import Float, UInt8
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from sfv_world.checkpoint import CODEC, CONFIG, save_autoencoder
 from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.data.clips import load_episodes
 from sfv_world.film import write_image
+from sfv_world.training.schedule import RunBar, check_length, progress, rate
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class TrainCodecConfig:
     """CPU threads; none: torch's choice."""
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
+        check_length(self)
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1 frame, got {self.batch}.")
 
@@ -121,26 +120,26 @@ class CodecTrainer:
         size = sum(parameter.numel() for parameter in self.model.parameters())
         rows, columns = (side // config.space for side in self.train.frames.shape[1:3])
         print(f"{size / 1e6:.2f} M parameters, latents of {rows} x {columns} x {config.latents} a frame")
-        bar = tqdm(total=1000 if config.steps is None else config.steps, unit="step")
-        if config.steps is None:
-            bar.bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        bar = RunBar(config, self.step, self.elapsed)
         last_validation = 0.0
         try:
-            while self._progress() < 1:
+            while progress(config, self.step, self.elapsed) < 1:
                 began = time.perf_counter()
                 psnr = self._train_step()
                 self.elapsed += time.perf_counter() - began
-                rate = config.batch * self.step / max(self.elapsed, 1e-9)
-                bar.set_postfix_str(f"step {self.step}, {psnr:.1f} dB, {rate:.0f} frames/s", refresh=False)
-                bar.update((self.step if config.steps else int(1000 * min(1.0, self._progress()))) - bar.n)
-                if self.elapsed - last_validation > 60 * config.validate_minutes or self._progress() >= 1:
+                speed = config.batch * self.step / max(self.elapsed, 1e-9)
+                bar.show(self.step, self.elapsed, f"{psnr:.1f} dB, {speed:.0f} frames/s")
+                if (
+                    self.elapsed - last_validation > 60 * config.validate_minutes
+                    or progress(config, self.step, self.elapsed) >= 1
+                ):
                     last_validation = self.elapsed
                     validation = self.validate()
                     numbers = ", ".join(f"{name} {value:.2f} dB" for name, value in validation.items())
-                    bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
+                    bar.bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
                     self.save(validation)
         finally:
-            bar.close()
+            bar.bar.close()
         return validation
 
     @torch.no_grad()
@@ -181,9 +180,8 @@ class CodecTrainer:
     def _train_step(self) -> float:
         """One step; the PSNR of its reconstructions from noised latents, in dB."""
         config = self.config
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, self._progress())))
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / config.warmup) * cosine
+            group["lr"] = config.learning_rate * rate(config, self.step, self.elapsed)
         rows = np.random.default_rng([config.seed, self.step]).integers(len(self.train.frames), size=config.batch)
         frames = torch.from_numpy(self.train.frames[rows]).to(config.device)
         self.model.train()
@@ -215,11 +213,6 @@ class CodecTrainer:
         """At most so many frames, the same ones every time."""
         chosen = np.random.default_rng(self.config.seed).permutation(len(frames))[:count]
         return torch.from_numpy(frames[chosen]).to(self.config.device)
-
-    def _progress(self) -> float:
-        by_steps = self.step / self.config.steps if self.config.steps else 0.0
-        by_time = self.elapsed / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return max(by_steps, by_time)
 
 
 def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:

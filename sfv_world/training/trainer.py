@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from sfv_world.checkpoint import load_autoencoder, load_model, save_model
+from sfv_world.checkpoint import load_autoencoder, save_model
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, load_episodes
 from sfv_world.film import compare
@@ -30,7 +29,9 @@ from sfv_world.flow.model import DeepKind
 from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
 from sfv_world.training.distributed import ALONE, Group, Parallel, gathered, joined, load_state, save_state
+from sfv_world.training.inherit import inherit
 from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
+from sfv_world.training.schedule import RunBar, check_length, progress, rate
 from sfv_world.world import World
 
 PRESETS = {"tiny": 2, "small": 4, "base": 8}
@@ -106,8 +107,7 @@ class TrainConfig:
     """What each process that `torchrun` started keeps: a copy of all weights, or a shard of them and of all that AdamW knows."""
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
+        check_length(self)
         if self.clip < 2:
             raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
 
@@ -158,33 +158,7 @@ class Trainer:
             cast(LatentCodec, self.model.codec).autoencoder.load_state_dict(autoencoder.state_dict())
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
         self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
-        self.before: dict[str, float] | None = None
-        if config.init:
-            before, about = load_model(config.init, config.device)
-            earlier = about.get("before") or {}
-            self.before = {name: about.get(name, 0) + earlier.get(name, 0) for name in ("steps", "minutes")}
-            deep = replace(before.config.flow.deep, window=shape.flow.deep.window)
-            weights, theirs = before.state_dict(), replace(before.config, flow=replace(before.config.flow, deep=deep))
-            if theirs.codec == shape.codec and theirs.flow.bands != shape.flow.bands:
-                # Another kind of shallow flow begins anew.
-                weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
-                theirs = replace(theirs, flow=replace(theirs.flow, bands=shape.flow.bands))
-            if None in (theirs.denoiser, shape.denoiser):  # one of them has no denoiser
-                weights = {name: w for name, w in weights.items() if not name.startswith("denoiser.")}
-                theirs = replace(theirs, denoiser=shape.denoiser)
-            if (theirs, before.action_space) != (shape, episodes.action_space):
-                raise ValueError(
-                    f"init: expected a world of the shape {shape} for actions {episodes.action_space}, got {before.config} "
-                    f"for {before.action_space}. Choose the preset, kind, window, codec, patch and noise it was trained with."
-                )
-            mine = self.model.state_dict()
-            if any(
-                not torch.equal(w, mine[name]) for name, w in weights.items() if name.startswith("codec.autoencoder.")
-            ):
-                raise ValueError(
-                    f"init: expected a world of the codec {config.codec}, got one of another. Choose the codec it has."
-                )
-            self.model.load_state_dict(mine | weights)
+        self.before = inherit(self.model, config.init, config.codec, config.device) if config.init else None
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         denoiser = self.model.denoiser
         if group.size > 1 and config.parallel == "fully-shard":
@@ -221,36 +195,34 @@ class Trainer:
             print(
                 f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out"
             )
-        total = 1000 if config.steps is None else config.steps
-        done = self.step if config.steps else int(1000 * self._progress())
-        bar = tqdm(total=total, initial=done, unit="step", disable=not first)
-        if config.steps is None:
-            bar.bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        bar = RunBar(config, self.step, self.elapsed, disable=not first)
         last_validation = self.elapsed
         try:
-            while self._progress() < 1:
+            while progress(config, self.step, self.elapsed) < 1:
                 began = time.perf_counter()
                 metrics = self._train_step()
                 self.elapsed = self.group.agree(self.elapsed + time.perf_counter() - began)
                 bits = metrics["nats_per_dim"] / math.log(2)
-                rate = config.batch * config.clip * self.step / max(self.elapsed, 1e-9)
-                bar.set_postfix_str(f"step {self.step}, {bits:.3f} bits/dim, {rate:.0f} frames/s", refresh=False)
-                bar.update((self.step if config.steps else int(1000 * self._progress())) - bar.n)
+                speed = config.batch * config.clip * self.step / max(self.elapsed, 1e-9)
+                bar.show(self.step, self.elapsed, f"{bits:.3f} bits/dim, {speed:.0f} frames/s")
                 if writer:
                     for name, value in metrics.items():
                         writer.add_scalar(f"train/{name}", value, self.step)
-                if self.elapsed - last_validation > 60 * config.validate_minutes or self._progress() >= 1:
+                if (
+                    self.elapsed - last_validation > 60 * config.validate_minutes
+                    or progress(config, self.step, self.elapsed) >= 1
+                ):
                     last_validation = self.elapsed
                     validation = self.validate()
                     if writer:
                         for name, value in validation.items():
                             writer.add_scalar(f"held_out/{name}", value, self.step)
                         numbers = ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
-                        bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
+                        bar.bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
                     self.save(validation)
                     self._sample()
         finally:
-            bar.close()
+            bar.bar.close()
             if writer:
                 writer.close()
         return validation
@@ -303,10 +275,10 @@ class Trainer:
 
     def _train_step(self) -> dict[str, float]:
         config, group = self.config, self.group
-        rates = {"flow": config.learning_rate, "denoiser": config.denoiser_learning_rate}
+        peaks = {"flow": config.learning_rate, "denoiser": config.denoiser_learning_rate}
         for part, optimizer in self.optimizers.items():
             for options in optimizer.param_groups:
-                options["lr"] = rates[part] * self._schedule()
+                options["lr"] = peaks[part] * rate(config, self.step, self.elapsed)
         generator = torch.Generator(config.device).manual_seed(config.seed * 1_000_003 + self.step)
         batch = Batch.from_clips(self.sampler.batch(self.step, group.share(config.batch)), self.model)
         plain = "denoiser" in self.optimizers and self.step % config.objective.score_every == 0
@@ -340,15 +312,6 @@ class Trainer:
             )
         optimizer.step()
         return norm
-
-    def _progress(self) -> float:
-        by_steps = self.step / self.config.steps if self.config.steps else 0.0
-        by_time = self.elapsed / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return max(by_steps, by_time)
-
-    def _schedule(self) -> float:
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, self._progress())))
-        return min(1.0, (self.step + 1) / self.config.warmup) * cosine
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it continues."""

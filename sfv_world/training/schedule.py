@@ -1,0 +1,61 @@
+"""How long a training run is, how far it has come, and the learning rate that follows: by steps, by minutes, or both."""
+
+import math
+from typing import Protocol, runtime_checkable
+
+from tqdm import tqdm
+
+
+@runtime_checkable
+class Length(Protocol):
+    """What a run's configuration says of its length."""
+
+    @property
+    def steps(self) -> int | None:
+        """Stop after this many steps."""
+
+    @property
+    def minutes(self) -> float | None:
+        """Stop after this many minutes of training. With both, whichever comes first."""
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+
+
+def check_length(config: Length) -> None:
+    """Raises a ValueError if nothing says when to stop."""
+    if config.steps is None and config.minutes is None:
+        raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
+
+
+def progress(config: Length, step: int, elapsed: float) -> float:
+    """How far a run has come after so many steps and seconds: 0 at its beginning, 1 or a little more at its end."""
+    by_steps = step / config.steps if config.steps else 0.0
+    by_time = elapsed / (60 * config.minutes) if config.minutes else 0.0
+    return max(by_steps, by_time)
+
+
+def rate(config: Length, step: int, elapsed: float) -> float:
+    """Part of the peak learning rate: it rises in the warm-up, then falls along a cosine to 1%."""
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress(config, step, elapsed))))
+    return min(1.0, (step + 1) / config.warmup) * cosine
+
+
+class RunBar:
+    """The progress bar of a run: of its steps where they are counted, else of its time."""
+
+    def __init__(self, config: Length, step: int, elapsed: float, disable: bool = False):
+        self.config = config
+        total = 1000 if config.steps is None else config.steps
+        self.bar = tqdm(total=total, initial=self._done(step, elapsed), unit="step", disable=disable)
+        if config.steps is None:
+            self.bar.bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+    def show(self, step: int, elapsed: float, told: str) -> None:
+        """Moves on, and tells beside the bar."""
+        self.bar.set_postfix_str(f"step {step}, {told}", refresh=False)
+        self.bar.update(self._done(step, elapsed) - self.bar.n)
+
+    def _done(self, step: int, elapsed: float) -> int:
+        return step if self.config.steps else int(1000 * min(1.0, progress(self.config, step, elapsed)))
