@@ -1,16 +1,14 @@
 """Long horizons: imagines far beyond the training window and measures how the frames drift away from real ones.
 
-Episodes begin as held-out ones do and go on under real actions: those of the episode itself, then of others. Writes
-`horizon.json`, the plot `horizon.png` and the contact sheet `frames.png`.
+Writes `horizon.json`, the plot `horizon.png` and the contact sheet `frames.png`.
 """
 
-import copy
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from sfv_world.checkpoint import replacing
-from sfv_world.data.clips import Actions, Episodes, take
+from sfv_world.data.clips import Episodes, take
 from sfv_world.drift import (
     STATISTICS,
     colour_and_contrast,
@@ -31,6 +29,7 @@ from sfv_world.drift import (
 )
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import as_shown, long_clips, write_image
+from sfv_world.free_run import Beginnings, HorizonConfig, Rollout, beginnings, choose_episodes, free_run, shown_frames
 from sfv_world.horizon_report import LEVEL, panels, table
 from sfv_world.loading import load_world
 from sfv_world.plot import draw
@@ -45,75 +44,6 @@ EXAMPLES = 1500
 """Frames of either kind that a judge is trained on, at most, and tested on."""
 
 
-@dataclass(frozen=True)
-class HorizonConfig:
-    """How long to imagine, and how."""
-
-    world: str
-    """Name of a shipped world, or its folder."""
-    data: Path
-    """The recording it was trained on; its held-out episodes are found by the run's own split."""
-    out: Path = Path("out/horizon")
-    """Folder for results, plot and contact sheet."""
-    frames: int = 1000
-    """Frames to imagine."""
-    rows: int = 8
-    """Episodes to imagine; a judge is trained on half of them and tested on the others."""
-    context: int = 8
-    """Real frames the world observes first."""
-    restart: int | None = None
-    """Frames after which the world is reset to the last `context` frames it imagined, as the released models' chunks are; none: its
-    window slides on and nothing is ever reset."""
-    temperature: float = 1.0
-    """Standard deviation of the noise; 1 samples the model's distribution."""
-    project: bool = False
-    """Whether the world goes on from what its denoiser makes of each frame, noised afresh, and not from the frame itself."""
-    stop: bool = False
-    """Whether an episode counts up to its first termination only; else terminations are reported and nothing more."""
-    references: int = 2000
-    """Held-out frames whose bits per dimension say what is typical, at least."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "cpu"
-    """Where to compute."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("rows", 2), ("context", 1), ("references", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}.")
-        if self.restart is not None and self.restart < self.context:
-            raise ValueError(
-                f"restart: expected none or at least {self.context}, the context that is kept, got {self.restart}. "
-                "Restart less often, or with a smaller context."
-            )
-
-
-class Beginnings(NamedTuple):
-    """Where imagined episodes begin, what is done in them, and what really happened."""
-
-    frames: UInt8[np.ndarray, "b k h w 3"]
-    """The context."""
-    actions: Actions
-    """Actions (b, k-1+n, ...): those between the context frames and those that lead to each imagined one."""
-    real: UInt8[np.ndarray, "b m h w 3"]
-    """The real continuations, as far as the longest goes."""
-    real_lengths: Int[np.ndarray, "b"]
-    """Frames of each real continuation."""
-
-
-class Rollout(NamedTuple):
-    """What was imagined, by row and frame."""
-
-    frames: UInt8[np.ndarray, "b n h w 3"]
-    bits: Float[np.ndarray, "b n"]
-    """Bits per dimension."""
-    terminated: Bool[np.ndarray, "b n"]
-    certificate: float
-    """The largest."""
-
-
 def horizon(config: HorizonConfig) -> dict[str, Any]:
     """Imagines, prints and writes what was found, and returns it."""
     world = load_world(config.world, config.device)
@@ -126,7 +56,7 @@ def horizon(config: HorizonConfig) -> dict[str, Any]:
     remedy = "Imagine fewer frames or rows."
     check_memory([Need("imagined frames", size)], torch.device("cpu"), remedy)
     held_out = split_as_trained(world, config.data)[1]
-    episodes = _episodes(held_out, config)
+    episodes = choose_episodes(held_out, config)
     begin = beginnings(held_out, episodes, config)
     rollout = free_run(world, begin, config)
     results = measure(world, held_out, episodes, begin, rollout, config)
@@ -144,61 +74,6 @@ def horizon(config: HorizonConfig) -> dict[str, Any]:
     return results
 
 
-def beginnings(held_out: Episodes, episodes: Int[np.ndarray, "b"], config: HorizonConfig) -> Beginnings:
-    """The beginnings of the given held-out episodes, and real actions for as long as is imagined.
-
-    An episode's own actions come first, then those of other held-out episodes, whole ones at random; so actions are held
-    for as long as they are in the recording.
-    """
-    rng = np.random.default_rng([config.seed, 1])
-    wanted = config.context - 1 + config.frames
-    rows = []
-    for episode in episodes:
-        parts: list[np.ndarray] = []
-        while sum(len(part) for part in parts) < wanted:
-            last = held_out.ends[episode] - 1  # no action is taken at it
-            parts.append(np.arange(held_out.starts[episode], last))
-            episode = rng.integers(len(held_out))
-        rows.append(np.concatenate(parts)[:wanted])
-    starts = held_out.starts[episodes]
-    lengths = np.minimum(_shown(held_out)[episodes] - config.context, config.frames)
-    frames = held_out.frames[starts[:, None] + np.arange(config.context)]
-    after = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
-    real = held_out.frames[starts[:, None] + config.context + after]
-    return Beginnings(frames, take(held_out.actions, np.stack(rows)), real, lengths)
-
-
-def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
-    """Imagines on and on, under the context policy of the configuration."""
-    rows, context = begin.frames.shape[:2]
-    cleaned = copy.copy(world)
-    cleaned.decoding = replace(world.decoding, denoise="causal")
-    frames = np.empty((rows, config.frames, *begin.frames.shape[2:]), np.uint8)
-    bits, terminated = np.zeros((rows, config.frames)), np.zeros((rows, config.frames), bool)
-    state = world.reset(begin.frames, take(begin.actions, np.s_[:, : context - 1]), _seeds(config, rows, 0))
-    certificate = 0.0
-    for n in tqdm(range(config.frames), desc="imagining", unit="frame"):
-        if config.restart and n and n % config.restart == 0:
-            past = take(begin.actions, np.s_[:, n : n + context - 1])
-            seeds = _seeds(config, rows, n // config.restart)  # else every chunk would be made of the same noise
-            state = world.reset(frames[:, n - context : n], past, seeds, noised=world.model.codec.shows_noise)
-        action = take(begin.actions, np.s_[:, context - 1 + n])
-        if config.project:
-            _, output = cleaned.step(state[:], action)
-            state, _ = world.observe(state, action, output.frames)
-            shown = world.model.codec.frames(world.model.codec.decode(state.stream.tokens))
-            output = output._replace(frames=shown)
-        else:
-            state, output = world.step(state, action)
-        frames[:, n], bits[:, n] = output.frames.cpu().numpy(), output.bits_per_dim.cpu().numpy()
-        terminated[:, n] = output.terminated.cpu().numpy()
-        certificate = max(certificate, output.certificate.max().item())
-        if config.stop and terminated.any(axis=1).all():
-            frames[:, n + 1 :] = frames[:, n : n + 1]
-            break
-    return Rollout(frames, bits, terminated, certificate)
-
-
 def measure(
     world: World,
     held_out: Episodes,
@@ -212,7 +87,7 @@ def measure(
     Real frames are noised like the imagined ones before colours, contrast and the judge see them; PSNR and SSIM are to
     the clean ones.
     """
-    shown = _shown(held_out)
+    shown = shown_frames(held_out)
     index = [np.arange(start, start + length) for start, length in zip(held_out.starts, shown, strict=True)]
     real = as_shown(world, held_out.frames[np.concatenate(index)], config.seed)
     steps = np.concatenate([np.arange(length) for length in shown]) - config.context + 1
@@ -294,7 +169,7 @@ def held_out_bits(
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]:
     """Bits per dimension of held-out frames that have the whole window before them, in two parts that share no clip."""
     window = world.model.config.flow.deep.window
-    longest = int(_shown(held_out).max())
+    longest = int(shown_frames(held_out).max())
     if longest <= window + 1:
         raise ValueError(
             f"data: expected a held-out episode of more than {window + 1} frames, got {longest}. Record longer ones."
@@ -319,29 +194,6 @@ def bin_edges(frames: int) -> list[int]:
     if len(edges) > 2 and frames - edges[-1] < edges[-1] // 4:
         edges.pop()
     return [*edges, frames]
-
-
-def _episodes(held_out: Episodes, config: HorizonConfig) -> Int[np.ndarray, "b"]:
-    """An episode for every row: even and odd rows share none, for a judge learns from the former and is tested on the latter."""
-    fitting = np.flatnonzero(_shown(held_out) > config.context)
-    if len(fitting) < 2:
-        raise ValueError(
-            f"context: expected at least 2 held-out episodes of more than {config.context} frames, got {len(fitting)}. "
-            "Give a longer recording, or observe fewer frames first."
-        )
-    order = np.random.default_rng([config.seed, 0]).permutation(fitting)
-    halves = order[0::2], order[1::2]
-    return np.array([halves[row % 2][row // 2 % len(halves[row % 2])] for row in range(config.rows)])
-
-
-def _shown(episodes: Episodes) -> Int[np.ndarray, "e"]:
-    """Frames of each episode that the game showed: without the last screen again, which stands for the end."""
-    return episodes.lengths - np.add.reduceat(episodes.repeated.astype(np.int64), episodes.starts)
-
-
-def _seeds(config: HorizonConfig, rows: int, chunk: int) -> Int[np.ndarray, "b"]:
-    """Seeds of all rows after a number of restarts, all different."""
-    return config.seed * 1_000_000_007 + chunk * rows + np.arange(rows)
 
 
 def _by_step(frames: UInt8[np.ndarray, "b n h w 3"]) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:

@@ -14,7 +14,8 @@ from sfv_world.cli import main
 from sfv_world.drift import colour_and_contrast, judged_imagined, squared_error, ssim, train_judge, typicality
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import as_shown
-from sfv_world.horizon import HorizonConfig, _episodes, beginnings, bin_edges, free_run, horizon
+from sfv_world.free_run import HorizonConfig, beginnings, choose_episodes, free_run
+from sfv_world.horizon import bin_edges, horizon
 from sfv_world.model import WorldModel
 from sfv_world.plot import Curve, Panel, draw
 
@@ -93,7 +94,7 @@ def config(home):
 def begun(config):
     world = load_world(config.world)
     held_out = split_as_trained(world, config.data)[1]
-    episodes = _episodes(held_out, config)
+    episodes = choose_episodes(held_out, config)
     return world, held_out, episodes, beginnings(held_out, episodes, config)
 
 
@@ -134,6 +135,23 @@ def test_a_restart_forgets_all_but_the_context_and_draws_anew(config):
     for n in range(5, 10):
         state, output = world.step(state, begin.actions[:, 3 + n])
         assert np.array_equal(found.frames[:, n], output.frames.numpy())
+
+
+def test_rows_that_must_live_on_are_drawn_anew_where_they_end(config):
+    world, _, _, begin = begun(config)
+    with torch.no_grad():  # a world in which about every tenth frame ends an episode, whatever it shows
+        world.model.heads.mlp[-1].weight[0] = 0
+        world.model.heads.mlp[-1].bias[0] = np.log(0.1 / 0.9)
+    config = replace(config, frames=12, rows=4)
+    kept, found = free_run(world, begin, config), free_run(world, begin, replace(config, survive=5))
+    assert kept.terminated.any() and not found.terminated.any()
+    ended = np.stack([kept.terminated[:, part].any(1) for part in (slice(0, 5), slice(5, 10), slice(10, 12))], 1)
+    for row in range(4):  # the frames are the same up to the first stretch with an end, and others after it
+        same = 5 * int(ended[row].argmax()) if ended[row].any() else 12
+        assert np.array_equal(found.frames[row, :same], kept.frames[row, :same])
+        assert same == 12 or not np.array_equal(found.frames[row, same], kept.frames[row, same])
+    with pytest.raises(ValueError, match="survive: expected none or at least 1, without stop, got 5 and stop True"):
+        replace(config, survive=5, stop=True)
 
 
 def test_projected_frames_are_read_clean_and_noised_afresh(config):
