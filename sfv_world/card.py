@@ -84,7 +84,10 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     recipe, flow = data.get("recipe", {}), world.model.config.flow
     size = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
     frames = run["batch"] * run["clip"] * world.about["steps"]
-    shallow = f"{len(flow.bands)} bands, coarse to fine," if flow.bands else f"{flow.shallow_blocks} raster blocks"
+    grouped = f" (the coarsest in {flow.groups} groups)" if flow.groups > 1 else ""
+    shallow = (
+        f"{len(flow.bands)} bands, coarse to fine{grouped}," if flow.bands else f"{flow.shallow_blocks} raster blocks"
+    )
     before = world.about.get("before")
     start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
     usual = TypeAdapter(TrainConfig).dump_python(TrainConfig(Path(run["data"]), Path(run["out"]), steps=1), mode="json")

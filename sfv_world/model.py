@@ -132,6 +132,7 @@ def model_config(
     patch: int = 8,
     kind: DeepKind = "frame-parallel",
     bands: int | None = None,
+    groups: int = 1,
     window: int = 6,
     noise: float = 0.05,
     denoiser: bool = True,
@@ -139,10 +140,11 @@ def model_config(
 ) -> ModelConfig:
     """A configuration from one dial: `size` layers deep, 48 channels wide a layer.
 
-    The shallow blocks are half as wide: as many as there are `bands` of equal steps of spatial frequency (default: 6), or two
-    in raster order if there are none (the default of the autoregressive kind). So is the denoiser, of two layers. Size 4 has
-    about 4 million parameters, size 8 about 21 million. With an `autoencoder` the world is one of its latents: `patch`
-    counts places of them, `noise` is theirs, and bands go from the largest principal components of a token to the smallest.
+    The shallow blocks are half as wide: as many as there are `bands` of equal steps of spatial frequency (default: 6), the
+    coarsest in `groups`, or two in raster order if there are no bands (the default of the autoregressive kind). So is the
+    denoiser, of two layers. Size 4 has about 4 million parameters, size 8 about 21 million. With an `autoencoder` the
+    world is one of its latents: `patch` counts places of them, `noise` is theirs, and bands go from the largest principal
+    components of a token to the smallest.
     """
     codec: PixelCodecConfig | LatentCodecConfig
     if autoencoder:
@@ -155,7 +157,7 @@ def model_config(
     shallow = TransformerConfig(width=48 * max(1, size // 2), depth=2 if kind == "frame-parallel" else 1, head_dim=48)
     ends = [unit * max(band, round(steps * (band / bands) ** 2)) for band in range(bands + 1)] if bands else [0]
     sizes = tuple(end - start for start, end in pairwise(ends))
-    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, kind=kind)
+    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, groups=groups, kind=kind)
     if kind == "autoregressive":
         flow = replace(flow, draft_width=shallow.width)
     return ModelConfig(codec, flow, noise, denoiser=replace(shallow, depth=2) if denoiser else None)

@@ -178,7 +178,7 @@ def imagine_frame(
     for attempt in range(1, ATTEMPTS + 1):
         if isinstance(flow.shallow, BandFlow):  # exact after one pass a band
             tokens, found, log_det = flow.shallow.decode(latents, condition)
-            taken, shallow = torch.full_like(sweeps, len(flow.shallow.bands)), []
+            taken, shallow = torch.full_like(sweeps, flow.shallow.passes), []
         else:
             tokens, taken = _invert_raster(flow.shallow, latents, previous, condition, config, draft, tolerance)
             found, log_det, shallow = flow.shallow(tokens, condition)

@@ -39,6 +39,8 @@ class FlowConfig:
     """Autoregressive blocks within a frame, in alternating directions, where there are no bands."""
     bands: tuple[int, ...] = ()
     """Channels of each band of a shallow flow that goes from coarse to fine instead; all together those of a token."""
+    groups: int = 1
+    """Groups of tokens that the coarsest band is drawn in, one after the other: 1, 2 or 4."""
     kind: DeepKind = "frame-parallel"
     """Which deep flow."""
     control_width: int = 64
@@ -55,6 +57,8 @@ class FlowConfig:
             raise ValueError(f"draft_width must be 0 for a deep flow of one pass, got {self.draft_width}")
         if self.bands and (min(self.bands) < 1 or sum(self.bands) != self.channels):
             raise ValueError(f"bands must be positive and add up to the {self.channels} channels, got {self.bands}")
+        if self.groups not in (1, 2, 4) or (self.groups > 1 and not self.bands):
+            raise ValueError(f"groups must be 1, 2 or 4, and 1 without bands, got {self.groups} and bands {self.bands}")
 
     @property
     def tokens(self) -> int:
@@ -98,7 +102,7 @@ class VideoFlow(nn.Module):
         condition = config.deep.width if config.kind == "frame-parallel" else None
         self.shallow: RasterFlow | BandFlow
         if config.bands:
-            self.shallow = BandFlow(config.shallow, config.grid, config.bands, condition)
+            self.shallow = BandFlow(config.shallow, config.grid, config.bands, config.groups, condition)
         else:
             self.shallow = RasterFlow(config.shallow, config.grid, config.channels, config.shallow_blocks, condition)
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields
@@ -74,20 +74,39 @@ class RasterFlow(nn.Module):
 
 
 class BandFlow(nn.Module):
-    """Affine coupling from coarse to fine: the fields of a band of channels follow from all coarser bands of the frame."""
+    """Affine coupling from coarse to fine: the fields of a band of channels follow from all coarser bands of the frame.
+
+    Nothing is coarser than the first band. Its tokens are drawn in `groups`, evenly spread over the frame: those of one follow
+    from the groups before, by the same Transformer.
+    """
+
+    group: Int[Tensor, "l 1"]
+    """Of every token, the group of its first band."""
 
     def __init__(
-        self, config: TransformerConfig, grid: tuple[int, int], bands: tuple[int, ...], condition_width: int | None
+        self,
+        config: TransformerConfig,
+        grid: tuple[int, int],
+        bands: tuple[int, ...],
+        groups: int,
+        condition_width: int | None,
     ):
         super().__init__()
         channels = sum(bands)
         self.bands = [slice(end - size, end) for size, end in zip(bands, accumulate(bands), strict=True)]
+        self.groups = [groups, *(1 for _ in bands[1:])]
         self.blocks = nn.ModuleList(
             SlotTransformer(
                 config, channels=channels, outputs=size, grid=grid, order="frame", condition_width=condition_width
             )
             for size in bands
         )
+        self.register_buffer("group", spread(grid, groups)[:, None], persistent=False)
+
+    @property
+    def passes(self) -> int:
+        """Passes of a Transformer that a frame takes."""
+        return sum(self.groups)
 
     def forward(
         self, tokens: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
@@ -95,7 +114,10 @@ class BandFlow(nn.Module):
         """tokens -> (latents, log|det| by token, nothing), for frames that know nothing of each other."""
         latents, log_dets = [], []
         for index, band in enumerate(self.bands):
-            z, log_det = self._fields(index, tokens[..., : band.start], condition).normalise(tokens[..., band])
+            fields = self._fields(index, 0, tokens, condition)
+            for group in range(1, self.groups[index]):
+                fields = self._from(group, self._fields(index, group, tokens, condition), fields)
+            z, log_det = fields.normalise(tokens[..., band])
             latents.append(z)
             log_dets.append(log_det)
         return torch.cat(latents, dim=-1), torch.stack(log_dets).sum(0), []
@@ -115,17 +137,36 @@ class BandFlow(nn.Module):
         """
         tokens, found, log_dets = latents[..., :0], [], []
         for index, band in enumerate(self.bands):
-            fields = self._fields(index, tokens, condition)
+            fields = self._fields(index, 0, tokens, condition)
             x = fields.denormalise(latents[..., band])
+            for group in range(1, self.groups[index]):
+                here = self._fields(index, group, torch.cat([tokens, x], dim=-1), condition)
+                fields = self._from(group, here, fields)
+                x = fields.denormalise(latents[..., band])
             z, log_det = fields.normalise(x)
             tokens = torch.cat([tokens, x], dim=-1)
             found.append(z)
             log_dets.append(log_det)
         return tokens, torch.cat(found, dim=-1), torch.stack(log_dets).sum(0)
 
-    def _fields(self, index: int, coarser: Tensor, condition: Tensor | None) -> Fields:
-        """Fields of a band; the channels that are not known yet hold the start token's."""
-        block = cast(SlotTransformer, self.blocks[index])
-        start = block.sos_embed.expand(*coarser.shape[:-1], -1)
-        slots = torch.cat([coarser, start[..., coarser.shape[-1] :]], dim=-1)
+    def _fields(self, index: int, group: int, tokens: Tensor, condition: Tensor | None) -> Fields:
+        """Fields of a band, right for a group of tokens; the channels that are not known yet hold the start token's."""
+        block, band = cast(SlotTransformer, self.blocks[index]), self.bands[index]
+        start = block.sos_embed.expand(*tokens.shape[:-1], -1)
+        known = [tokens[..., : band.start]]
+        if group:
+            known.append(torch.where(self.group < group, tokens[..., band], start[..., band]))
+        slots = torch.cat([*known, start[..., band.stop if group else band.start :]], dim=-1)
         return block.fields(block.alone(slots, condition))
+
+    def _from(self, group: int, later: Fields, earlier: Fields) -> Fields:
+        """The later fields from a group on, the earlier ones before it."""
+        mu, sigma = (torch.where(self.group < group, a, b) for a, b in zip(earlier, later, strict=True))
+        return Fields(mu, sigma)
+
+
+def spread(grid: tuple[int, int], groups: int) -> Int[Tensor, "l"]:
+    """The group of each place: all the same, the two colours of a chessboard, or these cut again into every other row."""
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    colour, half = (row + column) % 2, row % 2
+    return {1: 0 * colour, 2: colour, 4: 2 * colour + half}[groups].flatten()

@@ -118,7 +118,7 @@ class FlowBlock(Transformer):
 
     def fields(self, features: Float[Tensor, "n l w"]) -> Fields:
         """Mean and scale of the tokens that the slots predict."""
-        return Fields.from_parameters(self.project(features))
+        return Fields.from_parameters(self.project(features), clip_mean=True)
 
     def new_cache(self, rows: int, slots: int) -> SequenceCache:
         """An empty cache for `rows` sequences of `slots` slots, text included."""

@@ -12,14 +12,17 @@ from sfv_world.model import WorldModel
 def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) -> dict[str, int | float]:
     """Gives `model`, a world of `codec`, the weights of the world in `folder`; tells how long that was trained in all.
 
-    The shallow flow begins anew where it has other bands, the denoiser where one of the two has none; the window may differ.
+    The shallow flow begins anew where it has other bands, the denoiser where one of the two has none; window and groups may differ.
 
     Raises:
         ValueError: if the worlds differ in anything else.
     """
     shape, (before, about) = model.config, load_model(folder, device)
     deep = replace(before.config.flow.deep, window=shape.flow.deep.window)
-    weights, theirs = before.state_dict(), replace(before.config, flow=replace(before.config.flow, deep=deep))
+    weights, theirs = (
+        before.state_dict(),
+        replace(before.config, flow=replace(before.config.flow, deep=deep, groups=shape.flow.groups)),
+    )
     if theirs.codec == shape.codec and theirs.flow.bands != shape.flow.bands:
         weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
         theirs = replace(theirs, flow=replace(theirs.flow, bands=shape.flow.bands))

@@ -53,13 +53,15 @@ class TrainConfig:
     """Which deep flow."""
     bands: int | None = None
     """Bands of the shallow flow, 0 for raster blocks; none: what goes best with the deep flow."""
+    groups: Literal[1, 2, 4] = 1
+    """Groups of patches that the coarsest band is drawn in, one after the other: more hang together better, each takes a pass."""
     steps: int | None = None
     """Stop after this many steps."""
     minutes: float | None = None
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
     """World whose weights to start from, those of the shallow flow only where it has the same bands; none: random ones. It may
-    have another window."""
+    have another window and other groups."""
     resume: bool = False
     """Continue the run in `out`, which must have the same configuration up to its length."""
     codec: Path | None = None
@@ -148,6 +150,7 @@ class Trainer:
             patch=patch,
             kind=config.kind,
             bands=config.bands,
+            groups=config.groups,
             window=config.window,
             noise=noise,
             denoiser=config.denoiser,
