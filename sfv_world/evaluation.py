@@ -23,6 +23,7 @@ from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.loading import load_world
+from sfv_world.lossless import lossless
 from sfv_world.training.objective import Batch
 from sfv_world.world import World
 
@@ -62,6 +63,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "outcomes": outcomes(world, held_out, config.seed),
         "rollouts": rollouts(world, held_out, config),
         **({"denoising": denoising(world, held_out, config.clips, config.seed)} if world.model.denoiser else {}),
+        **(
+            {"lossless": lossless(world, train, held_out, config.clips, config.seed)}
+            if world.model.config.noise
+            else {}
+        ),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     folder = config.out or Path(world.folder or ".")

@@ -86,6 +86,15 @@ class PixelCodec(Codec):
         """Dequantised pixels in [-1, 1]; `uniform` in [0, 1) is where in its cell each value lies."""
         return (frames.float() + CELL * uniform) / 128 - 1
 
+    def noise_log_density(
+        self, noised: Float[Tensor, "*b h w 3"], frames: UInt8[Tensor, "*b h w 3"], noise: float
+    ) -> Float[Tensor, "*b"]:
+        """log q(noised pixels | frame): of normal noise and of where in its cell each value lies, together."""
+        low = self.signal(frames, 0.0).double()
+        below, above = ((edge - noised) / noise for edge in (low, low + CELL / 128))
+        density = (torch.special.ndtr(above) - torch.special.ndtr(below)) * 128 / CELL
+        return density.log().sum((-1, -2, -3)).to(noised.dtype)
+
     def frames(self, signal: Float[Tensor, "*b h w 3"]) -> UInt8[Tensor, "*b h w 3"]:
         """Pixels in [-1, 1] -> the uint8 frame whose cell they lie in."""
         return ((signal + 1) * 128).floor().clamp(0, 255).byte()

@@ -6,6 +6,7 @@ A world's noise is added to the signal, and its density is that of the noised si
 only an orthonormal transform of each patch and a scale for each channel, whose constant Jacobian is part of the likelihood.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -74,6 +75,13 @@ class Codec(nn.Module):
     def frames(self, signal: Float[Tensor, "*b h w k"]) -> UInt8[Tensor, "*b height width 3"]:
         """The frames that show a signal, noised or not."""
         raise NotImplementedError
+
+    def noise_log_density(
+        self, noised: Float[Tensor, "*b h w k"], frames: UInt8[Tensor, "*b height width 3"], noise: float
+    ) -> Float[Tensor, "*b"]:
+        """log q(noised signal | frame) of the noise that makes a signal from a frame, in nats a frame; `noise` > 0."""
+        z = (noised - self.signal(frames)) / noise
+        return (-0.5 * z.square() - math.log(noise * math.sqrt(2 * math.pi))).sum((-1, -2, -3))
 
     @property
     def log_det(self) -> Float[Tensor, ""]:
