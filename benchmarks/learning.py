@@ -18,16 +18,19 @@ from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.data.clips import load_episodes
 from sfv_world.evaluation import EvaluateConfig, density, rollouts
 from sfv_world.loading import load_world
+from sfv_world.lossless import lossless
 from sfv_world.training.trainer import STATE, TrainConfig, Trainer
 from sfv_world.world import World
 
-Variant = Literal["frame-parallel", "frame-parallel-raster", "autoregressive"]
+Variant = Literal["frame-parallel", "frame-parallel-raster", "autoregressive", "latent"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "frame-parallel": {"kind": "frame-parallel"},
     "frame-parallel-raster": {"kind": "frame-parallel", "bands": 0},
     "autoregressive": {"kind": "autoregressive"},
+    "latent": {"kind": "frame-parallel"},
 }
-"""What `sfv-world train` is told: either deep flow as it is by default, and the frame-parallel one with raster blocks."""
+"""What `sfv-world train` is told: either deep flow as it is by default, the frame-parallel one with raster blocks, and a world of
+the latents of a codec."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class LearningConfig:
     """Minutes of training, for each world."""
     kinds: tuple[Variant, ...] = ("frame-parallel", "autoregressive")
     """What to train."""
+    codec: Path | None = None
+    """Folder of a codec for the kind `latent` (see `sfv-world train-codec`)."""
     preset: Literal["tiny", "small", "base"] = "small"
     """Size: about 1, 4 or 21 million parameters."""
     patch: int = 8
@@ -81,6 +86,10 @@ class LearningConfig:
         if not self.kinds or not self.minutes > 0:
             expected = f"kinds, minutes: expected at least one kind and a time, got {self.kinds} and {self.minutes}."
             raise ValueError(f"{expected} Name some of {', '.join(VARIANTS)}.")
+        if ("latent" in self.kinds) != (self.codec is not None):
+            raise ValueError(
+                f"codec: expected a folder with the kind latent, and none without, got {self.codec} and kinds {self.kinds}."
+            )
 
 
 def trained(config: TrainConfig, resume: bool) -> tuple[World, float]:
@@ -109,7 +118,7 @@ def measure(folder: Path, config: LearningConfig) -> dict[str, Any]:
     timings = [time_steps(world, rows, config.steps, config.seconds) for rows in config.batches]
     return {
         "held_out_bits_per_dim": found["bits_per_dim"],
-        "after_8_frames": found["bits_per_dim_full_context"],
+        "bits_without_loss": lossless(world, train, held_out, config.clips, config.seed)["bits_per_colour_value"],
         **{f"psnr_{horizon}": value for horizon, value in rolled["psnr_of_the_mean"].items()},
         "deep_sweeps": rolled["deep_sweeps"],
         "shallow_sweeps": rolled["shallow_sweeps"],
@@ -132,7 +141,8 @@ def main(config: LearningConfig) -> None:
             out=config.worlds / name,
             preset=config.preset,
             minutes=config.minutes,
-            patch=config.patch,
+            codec=config.codec if name == "latent" else None,
+            patch=None if name == "latent" else config.patch,
             window=config.window,
             clip=config.clip,
             held_out=config.held_out,

@@ -76,14 +76,30 @@ def test_decoding_says_what_a_grid_must_be(benchmark, recording, capsys):
 
 def test_learning(recording, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    codec = ("train-codec", "--data", recording, "--out", "codec", "--steps", 3, "--base", 32, "--threads", 1)
+    subprocess.run([sys.executable, "-m", "sfv_world", *map(str, codec)], check=True, capture_output=True, timeout=300)
+    kinds = ("--kinds", "frame-parallel", "autoregressive", "latent", "--codec", "codec")
     training = ("--minutes", 0.005, "--preset", "tiny", "--window", 3, "--clip", 4, "--held-out", 0.4)
     measuring = ("--clips", 2, "--rollouts", 1, "--frames", 30, "--batches", 1, 2, "--steps", 3)
-    arguments = ("--data", recording, "--device", "cpu", "--threads", 1, "--out", "found.json", *training, *measuring)
+    arguments = (
+        "--data",
+        recording,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--out",
+        "found.json",
+        *training,
+        *measuring,
+        *kinds,
+    )
     # A process of its own, without shape checks: evaluation normalises by fields that have no rows.
     command = [sys.executable, BENCHMARKS / "learning.py", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = tables("learning")["learning"]["rows"]
-    assert [row["world"] for row in rows] == ["frame-parallel", "autoregressive"]
+    assert [row["world"] for row in rows] == ["frame-parallel", "autoregressive", "latent"]
+    assert all(row["bits_without_loss"] > 0 for row in rows)
     assert all(row["training_frames_per_second"] > 0 and row["ms_a_frame_at_batch_2"] > 0 for row in rows)
     assert all(row["steps"] >= 1 and row["largest_certificate"] < 1e-3 and "psnr_16" in row for row in rows)
