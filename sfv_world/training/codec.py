@@ -7,7 +7,6 @@ random in a step follows from (seed, step). The folder holds the moving average 
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +17,14 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from pydantic import TypeAdapter
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from sfv_world.checkpoint import CODEC, CONFIG, save_autoencoder
 from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.data.clips import load_episodes
 from sfv_world.film import write_image
-from sfv_world.training.schedule import RunBar, check_length, progress, rate
+from sfv_world.training.schedule import RunBar, check_length, moving_average, progress, rate
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class CodecTrainer:
         self.model = Autoencoder(shape).to(config.device)
         self.width = nn.Parameter(torch.tensor(-1.0, device=config.device))
         """log of the learned width of the pixels' distribution."""
-        self.average = AveragedModel(self.model, multi_avg_fn=_moving_average(config.ema))
+        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(config.ema))
         groups: list[dict[str, Any]] = [
             {"params": list(self.model.parameters())},
             {"params": [self.width], "weight_decay": 0.0},
@@ -213,16 +212,6 @@ class CodecTrainer:
         """At most so many frames, the same ones every time."""
         chosen = np.random.default_rng(self.config.seed).permutation(len(frames))[:count]
         return torch.from_numpy(frames[chosen]).to(self.config.device)
-
-
-def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """A moving average that begins as a plain one: a short run would else remember its random beginning."""
-
-    def update(averages: Any, parameters: Any, count: Any) -> None:
-        begun = (int(count) + 1) / (int(count) + 10)
-        get_ema_multi_avg_fn(min(decay, begun))(averages, parameters, count)
-
-    return update
 
 
 def train_codec(config: TrainCodecConfig) -> dict[str, float]:

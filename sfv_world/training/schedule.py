@@ -1,8 +1,10 @@
-"""How long a training run is, how far it has come, and the learning rate that follows: by steps, by minutes, or both."""
+"""What all training runs share: their length in steps or minutes, the learning rate and the average that follow, and the bar."""
 
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 
@@ -40,6 +42,16 @@ def rate(config: Length, step: int, elapsed: float) -> float:
     """Part of the peak learning rate: it rises in the warm-up, then falls along a cosine to 1%."""
     cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress(config, step, elapsed))))
     return min(1.0, (step + 1) / config.warmup) * cosine
+
+
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An update for `AveragedModel`. It begins as a plain average: a short run would else remember its random beginning."""
+
+    def update(averages: Any, parameters: Any, count: Any) -> None:
+        begun = (int(count) + 1) / (int(count) + 10)
+        get_ema_multi_avg_fn(min(decay, begun))(averages, parameters, count)
+
+    return update
 
 
 class RunBar:

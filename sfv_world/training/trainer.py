@@ -18,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 from sfv_world.checkpoint import load_autoencoder, save_model
@@ -31,7 +31,7 @@ from sfv_world.model import WorldModel, model_config
 from sfv_world.training.distributed import ALONE, Group, Parallel, gathered, joined, load_state, save_state
 from sfv_world.training.inherit import inherit
 from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
-from sfv_world.training.schedule import RunBar, check_length, progress, rate
+from sfv_world.training.schedule import RunBar, check_length, moving_average, progress, rate
 from sfv_world.world import World
 
 PRESETS = {"tiny": 2, "small": 4, "base": 8}
@@ -90,7 +90,7 @@ class TrainConfig:
     gradient_clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.998
-    """Decay of the moving average of the weights, a step."""
+    """Decay of the moving average of the weights, a step; less in the first steps."""
     denoiser: bool = True
     """Whether to train a denoiser along."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -162,7 +162,7 @@ class Trainer:
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
         self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
         self.before = inherit(self.model, config.init, config.codec, config.device) if config.init else None
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(config.ema))
         denoiser = self.model.denoiser
         if group.size > 1 and config.parallel == "fully-shard":
             group.shard(self.model)
