@@ -111,7 +111,7 @@ class WorldState:
         tensors = {"keys": cache.keys, "values": cache.values, "visible": cache.visible, "frames": self.frames}
         tensors["tokens"] = self.stream.tokens
         tensors |= {"seeds": torch.from_numpy(self.seeds), "ages": torch.from_numpy(self.ages)}
-        for index, stage in enumerate([self.stream.deep, *self.stream.shallow]):
+        for index, stage in enumerate(self.stream.stages):
             tensors |= {
                 f"{index}.tokens": stage.tokens,
                 f"{index}.mu": stage.fields.mu,
@@ -124,9 +124,9 @@ class WorldState:
         """The state whose `tensors` and clock these are."""
         count = sum(name.endswith(".tokens") for name in tensors)
         parts = [[tensors[f"{index}.{part}"] for part in ("tokens", "mu", "sigma")] for index in range(count)]
-        deep, *shallow = [Stage(tokens, Fields(mu, sigma)) for tokens, mu, sigma in parts]
+        stages = [Stage(tokens, Fields(mu, sigma)) for tokens, mu, sigma in parts]
         cache = FrameCache(tensors["keys"], tensors["values"], tensors["visible"], clock)
-        stream = StreamState(cache, tensors["tokens"], deep, shallow)
+        stream = StreamState(cache, tensors["tokens"], stages)
         held = Held.of(tensors) if "held.features" in tensors else None
         return cls(stream, tensors["frames"], tensors["seeds"].cpu().numpy(), tensors["ages"].cpu().numpy(), held)
 

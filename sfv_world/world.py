@@ -290,16 +290,16 @@ class World:
     ) -> WorldState:
         self._check_decoding()
         tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64), 0.0 if noised else 1.0)
-        stream, encoding = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
+        ahead = self.decoding.denoise == "lookahead"
+        stream, report = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock, report=ahead)
         state = WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
-        if self.decoding.denoise == "lookahead":
+        if ahead:
             # The first step tells of the last observed frame, which earned nothing.
-            last = (x[:, -1] for x in (encoding.log_prob, encoding.noise, encoding.features))
-            report = FrameReport.of_read(self.model.flow, *last)
+            assert report is not None, "it was asked for"
             output = self._output(seeds, state.ages - 1, report, frames[:, -1])
             goes_on = torch.zeros_like(output.terminated)
             output = output._replace(terminated=goes_on, rewards=torch.zeros_like(output.rewards))
-            state.held = Held(output, encoding.features[:, -1], goes_on)
+            state.held = Held(output, report.features, goes_on)
         return state
 
     def _output(

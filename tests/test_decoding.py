@@ -108,7 +108,8 @@ def test_a_report_is_that_of_the_frame(kind: Kind, config: dict[str, Any], draft
     read = read_video(flow, torch.cat([tokens[:, :2], decoded], dim=1), controls)[0]
     close(state.cache.keys, read.cache.keys)
     close(state.cache.values, read.cache.values)
-    close(state.deep.tokens, read.deep.tokens)
+    for ours, theirs in zip(state.stages, read.stages, strict=True):
+        close(ours.tokens, theirs.tokens)
 
 
 @each_kind
@@ -274,21 +275,21 @@ def test_a_neighbour_changes_nothing(size: int | None, seed: int) -> None:
 def test_drafts_are_what_they_are_called() -> None:
     flow = tiny_flow("autoregressive")
     tokens, _ = video(flow, 2, 3)
-    state, encoding = read_video(flow, tokens, None)
-    noise = normal(2, 4, 3, seed=5)
-    exact(draft_tokens(noise, state.deep, "fields"), encoding.fields.mu[:, -1] + encoding.fields.sigma[:, -1] * noise)
-    exact(draft_tokens(noise, state.deep, "tokens"), encoding.latents[:, -1])
-    exact(draft_tokens(noise, state.deep, "noise"), noise)
-    exact(draft_tokens(noise, state.deep, "zeros"), torch.zeros_like(noise))
-    assert isinstance(state.deep, Stage)
+    encoding, (state, _) = flow(tokens, None), read_video(flow, tokens, None)
+    deep, noise = state.stages[0], normal(2, 4, 3, seed=5)
+    close(draft_tokens(noise, deep, "fields"), encoding.fields.mu[:, -1] + encoding.fields.sigma[:, -1] * noise)
+    close(draft_tokens(noise, deep, "tokens"), encoding.latents[:, -1])
+    exact(draft_tokens(noise, deep, "noise"), noise)
+    exact(draft_tokens(noise, deep, "zeros"), torch.zeros_like(noise))
+    assert isinstance(deep, Stage)
 
 
 def test_an_untrained_draft_network_says_what_the_fields_say() -> None:
     flow = VideoFlow(tiny_flow("autoregressive").config)
     tokens, controls = video(flow, 2, 3)
     state, _ = read_video(flow, tokens, controls)
-    noise = normal(2, 4, 3, seed=5)
-    close(flow.draft(noise, state.deep, controls[:, 0]), draft_tokens(noise, state.deep, "fields"))
+    deep, noise = state.stages[0], normal(2, 4, 3, seed=5)
+    close(flow.draft(noise, deep, controls[:, 0]), draft_tokens(noise, deep, "fields"))
 
 
 @torch.enable_grad()
