@@ -57,6 +57,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         num_envs: rows.
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
+        dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
         render_mode: None or "rgb_array".
         max_episode_steps: steps after which a row is truncated; none: never.
         autoreset_mode: when a row that ended begins anew: at the next step (default), at the same step (its last frame and info
@@ -78,6 +79,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         *,
         world: World | str | Path,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
@@ -90,7 +92,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}.")
         if output not in ("numpy", "torch"):
             raise ValueError(f"output: expected 'numpy' or 'torch', got {output!r}.")
-        self.world, fps = open_world(world, device, decoding)
+        self.world, fps = open_world(world, device, dtype, decoding)
         self.num_envs, self.render_mode, self.output = num_envs, render_mode, output
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = AutoresetMode(autoreset_mode)

@@ -65,6 +65,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     Args:
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
+        dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
         render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step.
         decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise) to set.
 
@@ -85,12 +86,13 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         world: World | str | Path,
         *,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         render_mode: str | None = None,
         **decoding: Any,
     ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode: expected None, 'human' or 'rgb_array', got {render_mode!r}.")
-        self.world, fps = open_world(world, device, decoding)
+        self.world, fps = open_world(world, device, dtype, decoding)
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "render_fps": fps}
         self.observation_space = spaces.Box(0, 255, self.world.frame_shape, np.uint8)
@@ -216,15 +218,20 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
 
 
 def open_world(
-    world: World | str | Path, device: str | torch.device | None, decoding: dict[str, Any]
+    world: World | str | Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    decoding: dict[str, Any],
 ) -> tuple[World, float]:
     """The world an environment steps, decoding as asked for, and its frames a second.
 
     Raises:
-        ValueError: if there is no such world, or one that is loaded is on another device.
+        ValueError: if there is no such world, or one that is loaded is on another device or was given a dtype.
     """
     if not isinstance(world, World):
-        world = load_world(world, device or "cpu")
+        world = load_world(world, device or "cpu", dtype=dtype or torch.float32)
+    elif dtype is not None:
+        raise ValueError(f"dtype: expected None for a world that is loaded, got {dtype}. Give it to load_world.")
     elif device is not None and torch.device(device).type != world.device.type:
         raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
     own = copy.copy(world)

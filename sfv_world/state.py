@@ -13,6 +13,7 @@ from sfv_world.decoding.frames import StreamState
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
+from sfv_world.transfer import to_device
 
 
 class WorldOutput(NamedTuple):
@@ -101,7 +102,7 @@ class WorldState:
         """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
         self.check()
         index = np.atleast_1d(np.arange(len(self))[rows])
-        places = torch.from_numpy(index).to(self.frames.device)
+        places = to_device(index, self.frames.device)
         held = self.held and self.held.map(lambda tensor: tensor[places])
         return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index], held)
 
@@ -138,7 +139,7 @@ class WorldState:
     def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
         """Replaces the given rows by those of `other`, a state of the same world and clock, in place."""
         self.check()
-        places = torch.from_numpy(rows).to(self.frames.device)
+        places = to_device(rows, self.frames.device)
         self.stream.put(places, other.stream)
         self.frames = self.frames.index_put((places,), other.frames)  # a new one: outputs share the old one
         if self.held and other.held:
