@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
+from sfv_world.transfer import Fetch
 from sfv_world.world import World
 
 ENLARGED = 8
@@ -124,7 +125,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         row_seed = [self.np_random.integers(2**63)]
         self._state = self.world.start(row_seed) if observed is None else self.world.reset(*observed, row_seed)
         self._terminated = False
-        return self._observation(), {}
+        self._show()
+        return self._frame("reset"), {}
 
     def step(self, action: Any) -> tuple[UInt8[np.ndarray, "h w 3"], float, bool, bool, dict[str, Any]]:
         """Imagines the next frame.
@@ -137,10 +139,16 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         if self._terminated:
             raise ResetNeeded("step: expected an episode that goes on, got one that has ended. Call reset() first.")
         self._state, output = self.world.step(state, _one(self.action_space, action))
-        self._terminated = bool(output.terminated)
-        warn_if_unconverged(output.certificate, self.world.decoding.tolerance)
-        info = {name: values.item() for name, values in step_info(output).items()}
-        return self._observation(), output.reward.item(), self._terminated, False, info
+        told = step_info(output)
+        fetch = Fetch(
+            [self._state.frames, output.reward.double(), output.terminated, output.certificate, *told.values()]
+        )
+        (frame,), (reward,), (terminated,), certificates, *values = fetch.wait()
+        self._terminated = bool(terminated)
+        warn_if_unconverged(certificates, self.world.decoding.tolerance, stacklevel=3)
+        info = {name: value.item() for name, value in zip(told, values, strict=True)}
+        self._show()
+        return frame, float(reward), self._terminated, False, info
 
     def render(self) -> UInt8[np.ndarray, "h w 3"] | None:
         """The current frame in render mode "rgb_array"; in "human" it is shown in a window instead."""
@@ -196,11 +204,10 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     def _frame(self, name: str) -> np.ndarray:
         return self._current(name).frames[0].cpu().numpy().copy()
 
-    def _observation(self) -> np.ndarray:
-        """The current frame, which a person sees as well."""
+    def _show(self) -> None:
+        """Shows a person the current frame."""
         if self.render_mode == "human":
             self.render()
-        return self._frame("step")
 
     def _observed(self, options: dict[str, Any]) -> tuple[Any, Any] | None:
         """Frames and actions of one row, batched for `World.reset`; None if none are given."""
@@ -262,15 +269,15 @@ def step_info(output: WorldOutput) -> dict[str, Tensor]:
     }
 
 
-def warn_if_unconverged(certificates: Float[Tensor, "b"], tolerance: float) -> None:
+def warn_if_unconverged(certificates: Float[np.ndarray, "b"], tolerance: float, stacklevel: int) -> None:
     """Warns of frames whose decoding stopped before they were what was asked for; never silently."""
     unconverged = certificates[~(certificates <= tolerance)]
     if len(unconverged):
         warnings.warn(
-            f"certificate: expected at most {tolerance:g}, got {unconverged.max().item():.3g}. Decoding stopped before the "
+            f"certificate: expected at most {tolerance:g}, got {unconverged.max():.3g}. Decoding stopped before the "
             "frame converged: its log-likelihood is exact, but it is not quite a sample. Raise max_sweeps.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

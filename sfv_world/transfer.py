@@ -19,16 +19,18 @@ def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 class Fetch:
-    """Tensors on their way to the host, in pinned memory: all of them are waited for at once, and only when they are needed."""
+    """Tensors, as they are now, on their way to the host: waited for all at once, and only when they are needed."""
 
     def __init__(self, tensors: Iterable[Tensor]):
-        self._tensors = list(tensors)
-        device = self._tensors[0].device if self._tensors else torch.device("cpu")
-        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in self._tensors]
-        self._arrived = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        there = list(tensors)
+        self._here = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in there]  # pinned, if from a GPU
+        self._arrived: torch.cuda.Event | None = None
+        if there and there[0].is_cuda:
+            self._arrived = torch.cuda.current_stream(there[0].device).record_event()
 
     def wait(self) -> list[np.ndarray]:
         """Arrays of the caller's own."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return [tensor.numpy().copy() for tensor in self._tensors]
+        if self._arrived is None:
+            return [tensor.numpy() for tensor in self._here]
+        self._arrived.synchronize()
+        return [tensor.numpy().copy() for tensor in self._here]  # pinned memory is scarce: it is not for keeping

@@ -272,6 +272,28 @@ def test_a_neighbour_changes_nothing(size: int | None, seed: int) -> None:
     close(results["hard"].tokens[1], results["both"].tokens[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [None, 2, 4])
+@pytest.mark.parametrize("limit", [None, 2, 3])
+def test_learning_late_of_convergence_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, size: int | None, limit: int | None
+) -> None:
+    """As on a GPU, where a sweep begins before it is known how far the one before it came."""
+    puzzle = Puzzle(rows=4)
+    draft = puzzle.answer.clone()
+    draft[1], draft[3, -1] = 0, 0
+    found = {}
+    for behind in (0, 1, 2):
+        monkeypatch.setattr("sfv_world.decoding.solver.BEHIND", {"cpu": behind})
+        cache = puzzle.fresh
+        found[behind] = puzzle.solve(draft, cache, size=size, max_sweeps=limit), cache
+    for solution, cache in (found[1], found[2]):
+        exact(solution.sweeps, found[0][0].sweeps)
+        for ours, theirs in zip(solution, found[0][0], strict=True):
+            close(ours, theirs, rtol=0, atol=1e-12)
+        close(cache.keys, found[0][1].keys, rtol=0, atol=1e-12)
+        close(cache.values, found[0][1].values, rtol=0, atol=1e-12)
+
+
 def test_drafts_are_what_they_are_called() -> None:
     flow = tiny_flow("autoregressive")
     tokens, _ = video(flow, 2, 3)

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "transfer", "layers", "flow", "decoding", "control", "pretrained", "codec", "heads", "denoiser", "model", "checkpoint", "released", "data",
+    "transfer", "graphs", "layers", "flow", "decoding", "control", "pretrained", "codec", "heads", "denoiser", "model",
+    "checkpoint", "released", "data",
     "state", "world", "loading", "calibrate", "film", "plot", "training", "card", "evaluation", "counterfactual", "drift",
     "horizon_report", "horizon", "envs", "agents", "generate", "demo", "cli",
 ]  # fmt: skip

@@ -45,6 +45,12 @@ class FrameCache:
         """Frames a query can see, W, its own included."""
         return self.visible.shape[1]
 
+    @property
+    def current(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the current frame."""
+        place = self._place(self.clock % self.window, slice(0, self.slots))
+        return self.keys[:, :, :, place], self.values[:, :, :, place]
+
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores the keys and values (rows, frames, heads, slots, head_dim) of the frames that end just before `clock`."""
         for back in range(1, min(self.window, k.shape[1]) + 1):
@@ -64,7 +70,9 @@ class FrameCache:
         """True where a query of the slots `at` sees a key; None where every query sees everything."""
         visible = self.visible.clone()
         visible[:, self.clock % self.window] = True
-        if not causal and visible.device.type == "cpu" and bool(visible.all()):  # elsewhere, asking takes longer
+        # Elsewhere, asking would make the host wait, and a recording is to hold whatever is visible.
+        here = visible.device.type == "cpu" and self.recorded_time is None
+        if not causal and here and bool(visible.all()):
             return None
         mask = visible.repeat_interleave(self.slots, dim=1)[:, None, None, :]
         if causal:
@@ -92,8 +100,7 @@ class FrameCache:
     def write_current(self, rows: Int[Tensor, "n"], other: "FrameCache") -> None:
         """Takes over the current frame of `other`, whose rows are the given rows of this cache."""
         place = self._place(self.clock % self.window, slice(0, self.slots))
-        self.keys[:, rows, :, place] = other.keys[:, :, :, place]
-        self.values[:, rows, :, place] = other.values[:, :, :, place]
+        self.keys[:, rows, :, place], self.values[:, rows, :, place] = other.current
 
     def _place(self, frame: int, at: slice) -> slice:
         return slice(frame * self.slots + at.start, frame * self.slots + at.stop)
