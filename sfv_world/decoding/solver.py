@@ -164,22 +164,24 @@ def solve(
             fine = error < tolerances[taking_part, None]  # NaN is never below and goes on to the limit
             settled[taking_part] = torch.maximum(settled[taking_part], at.start + fine.cumprod(1).sum(1))
             told.append(Fetch([settled]))
-            far = np.full(rows, stop)
-            if sweep < limit:
-                far = told.popleft().wait()[0] if len(told) > BEHIND.get(device.type, 0) else np.full(rows, known)
+            if sweep == limit:
+                far = np.full(rows, stop)
+            elif len(told) > BEHIND.get(device.type, 0):
+                (far,) = told.popleft().wait()
+            else:
+                far = np.full(rows, known)
             finished = far[active] == stop
-            if cache is not None and work is not None and finished.any():
-                going, gone = (to_device(np.flatnonzero(which), device) for which in (~finished, finished))
-                if work is not cache:
-                    cache.write_current(taking_part[gone], work.rows(gone))
-                work = work.rows(going)
+            if cache is not None and work is not None and work is not cache and finished.any():
+                gone = to_device(np.flatnonzero(finished), device)
+                cache.write_current(taking_part[gone], work.rows(gone))
             if finished.all():
                 break
             unsettled = torch.arange(at.start, stop, device=device) >= settled[taking_part, None]
             tokens[taking_part, at] = torch.where(unsettled[..., None], fields.denormalise(wanted), now[:, at])
             if finished.any():
-                active = active[~finished]
-                taking_part = to_device(active, device)
+                going = to_device(np.flatnonzero(~finished), device)
+                active, taking_part = active[~finished], taking_part[going]
+                work = None if work is None else work.rows(going)
             known = int(far[active].min())
     return Solution(tokens, features, sweeps, errors.amax(1))
 
