@@ -105,9 +105,11 @@ class World:
         Raises:
             ValueError: if the shallow flow does not go in bands: sweeps over fewer and fewer tokens do not pay for compiling.
         """
-        self._check_one_pass("compiled")
         shallow, denoiser = self.model.flow.shallow, self.model.denoiser
-        assert isinstance(shallow, BandFlow), "it was checked"
+        if not isinstance(shallow, BandFlow):
+            raise ValueError(
+                f"compiled: expected a world whose shallow flow goes in bands, got {self.name}, whose does not."
+            )
         shallow.decode = torch.compile(shallow.decode, dynamic=False)  # type: ignore[method-assign]
         if denoiser is not None:
             denoiser.compile(dynamic=False)
@@ -122,18 +124,16 @@ class World:
         Raises:
             ValueError: if the world is on no CUDA device, or a frame takes sweeps, as many as it needs.
         """
-        self._check_one_pass("recorded")
+        flow = self.model.flow
+        if flow.config.kind != "frame-parallel" or not isinstance(flow.shallow, BandFlow):
+            raise ValueError(
+                "recorded: expected a frame-parallel world whose shallow flow goes in bands, got "
+                f"{self.name}, whose frames take sweeps."
+            )
         if self.device.type != "cuda":
             raise ValueError(f"recorded: expected a world on a CUDA device, got one on {self.device}. Load it there.")
         self._recorder = Recorder()
         return self
-
-    def _check_one_pass(self, name: str) -> None:
-        flow = self.model.flow
-        if flow.config.kind != "frame-parallel" or not isinstance(flow.shallow, BandFlow):
-            raise ValueError(
-                f"{name}: expected a frame-parallel world whose shallow flow goes in bands, got {self.name}, which takes sweeps."
-            )
 
     def save_state(self, state: WorldState, path: str | Path) -> None:
         """Writes a state to a safetensors file, from which it goes on bit for bit."""
