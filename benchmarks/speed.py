@@ -53,8 +53,12 @@ class SpeedConfig:
     """CPU threads; none: torch's choice."""
     compile: bool = False
     """Whether to compile the world first (`World.compiled`)."""
+    record: bool = False
+    """Whether to record its steps as CUDA graphs (`World.recorded`)."""
     device: str = "cpu"
     """Where to step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the Transformers' layers compute in."""
     out: Path = Path("out/speed.json")
     """Where the JSON goes."""
 
@@ -220,9 +224,11 @@ def main(config: SpeedConfig) -> None:
     """Measures and writes."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    world = load_world(config.world, config.device)
+    world = load_world(config.world, config.device, dtype=getattr(torch, config.dtype))
     if config.compile:
         world = world.compiled()
+    if config.record:
+        world = world.recorded()
     device = world.device.type
     machine, goals = GOALS[device]
     report = Report(config.out, config, config.device)

@@ -19,10 +19,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sfv_world.data.clips import take
 from sfv_world.envs.world_env import check_state_is_of, open_world, step_info, warn_if_unconverged
 from sfv_world.state import WorldOutput, WorldState
+from sfv_world.transfer import Fetch, to_device
 from sfv_world.world import World
 
 
@@ -57,12 +59,14 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         num_envs: rows.
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
+        dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
         render_mode: None or "rgb_array".
         max_episode_steps: steps after which a row is truncated; none: never.
         autoreset_mode: when a row that ended begins anew: at the next step (default), at the same step (its last frame and info
             are then in `info["final_obs"]` and `info["final_info"]`), or only when `reset` is called for it.
         output: "numpy" arrays, or "torch" tensors that stay on the world's device (observations, rewards, terminations,
-            truncations and infos).
+            truncations and infos). On a GPU, a step then returns before it is computed, unless rows that end are to begin anew
+            in the same step; which rows ended, and warnings, are taken in by the step after it.
         decoding: fields of `DecodingConfig` to set.
 
     Example:
@@ -78,6 +82,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         *,
         world: World | str | Path,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
@@ -90,7 +95,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}.")
         if output not in ("numpy", "torch"):
             raise ValueError(f"output: expected 'numpy' or 'torch', got {output!r}.")
-        self.world, fps = open_world(world, device, decoding)
+        self.world, fps = open_world(world, device, dtype, decoding)
         self.num_envs, self.render_mode, self.output = num_envs, render_mode, output
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -102,6 +107,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self._state: WorldState | None = None
         self._steps = np.zeros(num_envs, np.int64)
         self._ended = np.zeros(num_envs, bool)
+        self._pending: Fetch | None = None
         self._generators = [seeding.np_random()[0] for _ in range(num_envs)]
 
     def reset(
@@ -120,6 +126,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         Raises:
             ValueError: if an option or a seed is not as expected; nothing has changed then.
         """
+        self._settle()
         mask, observed = self._options(options or {})
         seeds: list[int | None] = [None] * self.num_envs
         if isinstance(seed, int | np.integer):
@@ -141,7 +148,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         except ValueError:
             self._generators, self._state = previous
             raise
-        return self._frames(), {}
+        return self._out(self._current("reset").frames), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Imagines the next frame of every row.
@@ -150,44 +157,56 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             ResetNeeded: if no episode has begun, or, without autoreset, if one has ended.
             ValueError: if actions are not of the action space; nothing has changed then.
         """
-        state, resetting = self._current("step"), self._ended
-        if self.autoreset_mode is AutoresetMode.DISABLED and resetting.any():
-            rows = np.flatnonzero(resetting).tolist()
+        state, disabled = self._current("step"), self.autoreset_mode is AutoresetMode.DISABLED
+        if disabled:
+            self._settle()
+        if disabled and self._ended.any():
+            rows = np.flatnonzero(self._ended).tolist()
             raise ResetNeeded(
                 f"step: expected episodes that go on, got ended ones in rows {rows}. Reset them (reset_mask)."
             )
         self._state, output = self.world.step(state, actions)
+        self._settle()  # as late as possible: the device says how the step before ended while this one is prepared
         self._steps += 1
-        acting = ~resetting
-        warn_if_unconverged(output.certificate[self._tensor(acting)], self.world.decoding.tolerance)
-        terminated = output.terminated.cpu().numpy() & acting
-        truncated = np.zeros_like(acting)
+        resetting, acting = self._ended, ~self._ended
+        self._ended = np.zeros_like(acting)
         if self.max_episode_steps is not None:
-            truncated = (self._steps >= self.max_episode_steps) & acting
-        rewards = self._out(torch.where(self._tensor(acting), output.reward, 0.0).double())
-        ended, info = terminated | truncated, {}
-        match self.autoreset_mode:
-            case AutoresetMode.SAME_STEP:
-                info = self._info(output, ~ended)
-                if ended.any():
-                    info |= self._final(output, ended)
-                    self._begin(np.flatnonzero(ended))
-            case _:
-                info = self._info(output, acting)
-                self._ended = ended
-                self._begin(np.flatnonzero(resetting))
-        return self._frames(), rewards, self._out(self._tensor(terminated)), self._out(self._tensor(truncated)), info
+            self._ended = (self._steps >= self.max_episode_steps) & acting
+        goes_on, truncated = self._tensor(acting), self._tensor(self._ended.copy())
+        terminated = output.terminated & goes_on
+        self._pending = Fetch([terminated, torch.where(goes_on, output.certificate, 0.0)])
+        rewards = torch.where(goes_on, output.reward, 0.0).double()
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            self._settle()
+            ended = self._ended.copy()
+            info = self._info(output, ~ended)
+            if ended.any():
+                info |= self._final(output, ended)
+            self._begin(np.flatnonzero(ended))
+        else:
+            info = self._info(output, acting)
+            self._begin(np.flatnonzero(resetting))
+        results = self._out((self._current("step").frames, rewards, terminated, truncated, info))
+        if self.output == "numpy":
+            self._settle()
+            if "final_obs" in info:
+                frames, gone = results[-1]["final_obs"], results[-1]["_final_obs"]
+                results[-1]["final_obs"] = objects = np.full(self.num_envs, None)
+                for row in np.flatnonzero(gone):
+                    objects[row] = frames[row]
+        return results
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """The current frames in render mode "rgb_array"."""
         if self.render_mode is None:
             gym.logger.warn("render_mode: expected 'rgb_array', got None. Give it to gymnasium.make_vec.")
             return None
-        return tuple(self._current("render").frames.cpu().numpy().copy())
+        return tuple(Fetch([self._current("render").frames]).wait()[0])
 
     def save_state(self, rows: Any = slice(None)) -> RowsState:
         """Where rows stand, as a value: a copy that later steps do not change."""
         index = np.atleast_1d(np.arange(self.num_envs)[rows])
+        self._settle()
         state = self._current("save_state")[index]
         generators = copy.deepcopy([self._generators[row] for row in index])
         return RowsState(state, self._steps[index], self._ended[index], generators, self.world.checksum)
@@ -201,6 +220,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         Raises:
             ValueError: if the state is none, of another number of rows, or of another world; nothing has changed then.
         """
+        self._settle()
         current = self._current("restore_state")
         index = np.atleast_1d(np.arange(self.num_envs)[rows])
         if not isinstance(saved, RowsState) or len(saved.rows) != len(index):
@@ -258,22 +278,20 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         """Infos of rows in Gymnasium's vector convention: an array for each entry, and which rows have it."""
         mask, info = self._tensor(rows), {}
         for name, values in step_info(output).items():
-            info[name], info[f"_{name}"] = self._out(torch.where(mask, values, 0)), self._out(mask)
+            info[name], info[f"_{name}"] = torch.where(mask, values, 0), mask
         return info
 
     def _final(self, output: WorldOutput, rows: np.ndarray) -> dict[str, Any]:
         """What Gymnasium's convention says of rows that ended and began anew in the same step."""
-        mask = self._out(self._tensor(rows))
-        final: Any = self._out(output.frames)
-        if self.output == "numpy":
-            final = np.array([frame if row else None for frame, row in zip(final, rows, strict=True)] + [None], object)[
-                :-1
-            ]
-        info = self._info(output, rows)
-        return {"final_obs": final, "_final_obs": mask, "final_info": info, "_final_info": mask}
+        mask, info = self._tensor(rows), self._info(output, rows)
+        return {"final_obs": output.frames, "_final_obs": mask, "final_info": info, "_final_info": mask}
 
-    def _frames(self) -> Any:
-        return self._out(self._current("reset").frames)
+    def _settle(self) -> None:
+        """Takes in what the device says of the last step: which rows it ended, and which did not converge."""
+        if self._pending is not None:
+            (terminated, certificates), self._pending = self._pending.wait(), None
+            self._ended |= terminated
+            warn_if_unconverged(certificates, self.world.decoding.tolerance, stacklevel=4)
 
     def _current(self, name: str) -> WorldState:
         if self._state is None:
@@ -281,8 +299,11 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         return self._state
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.world.device)
+        return to_device(array, self.world.device)
 
-    def _out(self, tensor: Tensor) -> Any:
-        """A copy of a result, as the caller wants it."""
-        return tensor.clone() if self.output == "torch" else tensor.cpu().numpy().copy()
+    def _out(self, results: Any) -> Any:
+        """Results, in tuples and dicts, as the caller wants them: tensors of his own, or arrays, all fetched at once."""
+        tensors, structure = tree_flatten(results)
+        return tree_unflatten(
+            [x.clone() for x in tensors] if self.output == "torch" else Fetch(tensors).wait(), structure
+        )

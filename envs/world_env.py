@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
+from sfv_world.transfer import Fetch
 from sfv_world.world import World
 
 ENLARGED = 8
@@ -65,6 +66,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     Args:
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
+        dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
         render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step.
         decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise) to set.
 
@@ -85,12 +87,13 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         world: World | str | Path,
         *,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         render_mode: str | None = None,
         **decoding: Any,
     ):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode: expected None, 'human' or 'rgb_array', got {render_mode!r}.")
-        self.world, fps = open_world(world, device, decoding)
+        self.world, fps = open_world(world, device, dtype, decoding)
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "render_fps": fps}
         self.observation_space = spaces.Box(0, 255, self.world.frame_shape, np.uint8)
@@ -122,7 +125,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         row_seed = [self.np_random.integers(2**63)]
         self._state = self.world.start(row_seed) if observed is None else self.world.reset(*observed, row_seed)
         self._terminated = False
-        return self._observation(), {}
+        self._show()
+        return self._frame("reset"), {}
 
     def step(self, action: Any) -> tuple[UInt8[np.ndarray, "h w 3"], float, bool, bool, dict[str, Any]]:
         """Imagines the next frame.
@@ -135,10 +139,16 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         if self._terminated:
             raise ResetNeeded("step: expected an episode that goes on, got one that has ended. Call reset() first.")
         self._state, output = self.world.step(state, _one(self.action_space, action))
-        self._terminated = bool(output.terminated)
-        warn_if_unconverged(output.certificate, self.world.decoding.tolerance)
-        info = {name: values.item() for name, values in step_info(output).items()}
-        return self._observation(), output.reward.item(), self._terminated, False, info
+        told = step_info(output)
+        fetch = Fetch(
+            [self._state.frames, output.reward.double(), output.terminated, output.certificate, *told.values()]
+        )
+        (frame,), (reward,), (terminated,), certificates, *values = fetch.wait()
+        self._terminated = bool(terminated)
+        warn_if_unconverged(certificates, self.world.decoding.tolerance, stacklevel=3)
+        info = {name: value.item() for name, value in zip(told, values, strict=True)}
+        self._show()
+        return frame, float(reward), self._terminated, False, info
 
     def render(self) -> UInt8[np.ndarray, "h w 3"] | None:
         """The current frame in render mode "rgb_array"; in "human" it is shown in a window instead."""
@@ -194,11 +204,10 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     def _frame(self, name: str) -> np.ndarray:
         return self._current(name).frames[0].cpu().numpy().copy()
 
-    def _observation(self) -> np.ndarray:
-        """The current frame, which a person sees as well."""
+    def _show(self) -> None:
+        """Shows a person the current frame."""
         if self.render_mode == "human":
             self.render()
-        return self._frame("step")
 
     def _observed(self, options: dict[str, Any]) -> tuple[Any, Any] | None:
         """Frames and actions of one row, batched for `World.reset`; None if none are given."""
@@ -216,15 +225,20 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
 
 
 def open_world(
-    world: World | str | Path, device: str | torch.device | None, decoding: dict[str, Any]
+    world: World | str | Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    decoding: dict[str, Any],
 ) -> tuple[World, float]:
     """The world an environment steps, decoding as asked for, and its frames a second.
 
     Raises:
-        ValueError: if there is no such world, or one that is loaded is on another device.
+        ValueError: if there is no such world, or one that is loaded is on another device or was given a dtype.
     """
     if not isinstance(world, World):
-        world = load_world(world, device or "cpu")
+        world = load_world(world, device or "cpu", dtype=dtype or torch.float32)
+    elif dtype is not None:
+        raise ValueError(f"dtype: expected None for a world that is loaded, got {dtype}. Give it to load_world.")
     elif device is not None and torch.device(device).type != world.device.type:
         raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
     own = copy.copy(world)
@@ -255,15 +269,15 @@ def step_info(output: WorldOutput) -> dict[str, Tensor]:
     }
 
 
-def warn_if_unconverged(certificates: Float[Tensor, "b"], tolerance: float) -> None:
+def warn_if_unconverged(certificates: Float[np.ndarray, "b"], tolerance: float, stacklevel: int) -> None:
     """Warns of frames whose decoding stopped before they were what was asked for; never silently."""
     unconverged = certificates[~(certificates <= tolerance)]
     if len(unconverged):
         warnings.warn(
-            f"certificate: expected at most {tolerance:g}, got {unconverged.max().item():.3g}. Decoding stopped before the "
+            f"certificate: expected at most {tolerance:g}, got {unconverged.max():.3g}. Decoding stopped before the "
             "frame converged: its log-likelihood is exact, but it is not quite a sample. Raise max_sweeps.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -7,7 +7,7 @@ speckles, and sees one frame ahead at most: the best guess at the score of a who
 score of their own density, so either way it learns the right thing to show.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -69,7 +69,7 @@ class Denoiser(nn.Module):
             ahead = self.ahead(torch.cat(following, dim=-1))
             x = x + (ahead if shown is None else torch.where(shown[:, None, None], ahead, self.nothing_ahead))
         x, linear = x.split(self.sizes, dim=-1)
-        x = x + self.place
+        x = (x + self.place).to(cast(Layer, self.attn_blocks[0]).attention.proj.weight.dtype)
         turn = self.rope(torch.zeros(1, dtype=torch.long, device=x.device))[:, None]
         for layer in self.attn_blocks:
             x = layer(x, turn, attend)

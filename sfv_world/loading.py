@@ -15,16 +15,23 @@ from sfv_world.world import World
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
-def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: DecodingConfig | None = None) -> World:
+def load_world(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    decoding: DecodingConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> World:
     """Loads a world: the name of a shipped one, or a folder.
 
     Args:
         name: of the world.
         device: where to compute it.
         decoding: how; none: as it was calibrated for this kind of device, or the defaults.
+        dtype: what the Transformers' layers compute in, float32 or bfloat16. All else stays in float32: noise, means and scales,
+            log-likelihoods, which are those of the frames returned under the model so computed.
 
     Raises:
-        ValueError: if there is none, or its files are damaged or do not fit each other.
+        ValueError: if there is none, its files are damaged or do not fit each other, or the dtype is another.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -32,7 +39,10 @@ def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: D
     if not folder.is_dir():
         shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
         raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
     model, about = load_model(folder, device)
+    model.compute_in(dtype)
     world = World(model, decoding or calibrated(folder, device), None, about, folder.resolve())
     if (folder / STARTS).exists():
         world.starts, _ = load_tensors(folder / STARTS)

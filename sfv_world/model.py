@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from sfv_world.denoiser import Denoiser
 from sfv_world.flow.model import DeepKind, Encoding, FlowConfig, VideoFlow
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.heads import Outcome, OutcomeHeads
+from sfv_world.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,13 @@ class WorldModel(nn.Module):
             self.denoiser = Denoiser(
                 config.denoiser, channels=config.flow.channels, grid=config.flow.grid, features=width
             )
+
+    def compute_in(self, dtype: torch.dtype) -> "WorldModel":
+        """Casts the Transformers' layers; projections, norms at the end, affine algebra and heads stay in float32."""
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.to(dtype)
+        return self
 
     @property
     def token_noise(self) -> Float[Tensor, "c"]:

@@ -13,6 +13,7 @@ from sfv_world.decoding.frames import StreamState
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
+from sfv_world.transfer import to_device
 
 
 class WorldOutput(NamedTuple):
@@ -101,7 +102,7 @@ class WorldState:
         """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
         self.check()
         index = np.atleast_1d(np.arange(len(self))[rows])
-        places = torch.from_numpy(index).to(self.frames.device)
+        places = to_device(index, self.frames.device)
         held = self.held and self.held.map(lambda tensor: tensor[places])
         return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index], held)
 
@@ -111,7 +112,7 @@ class WorldState:
         tensors = {"keys": cache.keys, "values": cache.values, "visible": cache.visible, "frames": self.frames}
         tensors["tokens"] = self.stream.tokens
         tensors |= {"seeds": torch.from_numpy(self.seeds), "ages": torch.from_numpy(self.ages)}
-        for index, stage in enumerate([self.stream.deep, *self.stream.shallow]):
+        for index, stage in enumerate(self.stream.stages):
             tensors |= {
                 f"{index}.tokens": stage.tokens,
                 f"{index}.mu": stage.fields.mu,
@@ -124,9 +125,9 @@ class WorldState:
         """The state whose `tensors` and clock these are."""
         count = sum(name.endswith(".tokens") for name in tensors)
         parts = [[tensors[f"{index}.{part}"] for part in ("tokens", "mu", "sigma")] for index in range(count)]
-        deep, *shallow = [Stage(tokens, Fields(mu, sigma)) for tokens, mu, sigma in parts]
+        stages = [Stage(tokens, Fields(mu, sigma)) for tokens, mu, sigma in parts]
         cache = FrameCache(tensors["keys"], tensors["values"], tensors["visible"], clock)
-        stream = StreamState(cache, tensors["tokens"], deep, shallow)
+        stream = StreamState(cache, tensors["tokens"], stages)
         held = Held.of(tensors) if "held.features" in tensors else None
         return cls(stream, tensors["frames"], tensors["seeds"].cpu().numpy(), tensors["ages"].cpu().numpy(), held)
 
@@ -138,7 +139,7 @@ class WorldState:
     def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
         """Replaces the given rows by those of `other`, a state of the same world and clock, in place."""
         self.check()
-        places = torch.from_numpy(rows).to(self.frames.device)
+        places = to_device(rows, self.frames.device)
         self.stream.put(places, other.stream)
         self.frames = self.frames.index_put((places,), other.frames)  # a new one: outputs share the old one
         if self.held and other.held:

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from sfv_world.checkpoint import STARTS, load_tensors, save_tensors
 from sfv_world.control.spaces import flatten_actions
-from sfv_world.decoding.frames import FrameReport, check_decoding, imagine_frame, read_frame, read_video
+from sfv_world.decoding.frames import FrameReport, StreamState, check_decoding, imagine_frame, read_frame, read_video
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.denoiser import Seen
+from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import BandFlow
+from sfv_world.graphs import Recorder
 from sfv_world.model import WorldModel
 from sfv_world.state import Held, WorldOutput, WorldState
+from sfv_world.transfer import to_device
 
 
 class Score(NamedTuple):
@@ -63,6 +66,7 @@ class World:
     ):
         self.model, self.decoding = model.eval(), decoding or DecodingConfig()
         self.starts, self.about, self.folder = starts, about or {}, folder
+        self._recorder: Recorder | None = None
 
     @property
     def name(self) -> str:
@@ -109,6 +113,26 @@ class World:
         shallow.decode = torch.compile(shallow.decode, dynamic=False)  # type: ignore[method-assign]
         if denoiser is not None:
             denoiser.compile(dynamic=False)
+        return self
+
+    def recorded(self) -> "World":
+        """This world, its steps recorded as CUDA graphs: each is one launch instead of some hundred; the same to rounding.
+
+        The first step of every batch size at each place of the ring records, which takes some tenths of a second. Memory grows by
+        one state for every batch size, and by what a step computes with for every recording.
+
+        Raises:
+            ValueError: if the world is on no CUDA device, or a frame takes sweeps, as many as it needs.
+        """
+        flow = self.model.flow
+        if flow.config.kind != "frame-parallel" or not isinstance(flow.shallow, BandFlow):
+            raise ValueError(
+                "recorded: expected a frame-parallel world whose shallow flow goes in bands, got "
+                f"{self.name}, whose frames take sweeps."
+            )
+        if self.device.type != "cuda":
+            raise ValueError(f"recorded: expected a world on a CUDA device, got one on {self.device}. Load it there.")
+        self._recorder = Recorder()
         return self
 
     def save_state(self, state: WorldState, path: str | Path) -> None:
@@ -166,8 +190,8 @@ class World:
         seeds = self._seeds(seeds, len(np.atleast_1d(seeds)))
         count = len(self.starts["frames"])
         chosen = torch.tensor([int(np.random.default_rng([int(seed), 1]).integers(count)) for seed in seeds])
-        frames = self.starts["frames"][chosen].to(self.device)
-        vectors = self.starts["actions"][chosen].to(self.device)
+        frames = to_device(self.starts["frames"][chosen], self.device)
+        vectors = to_device(self.starts["actions"][chosen], self.device)
         known = torch.arange(frames.shape[1], device=self.device) > 0
         return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds, clock)
 
@@ -187,16 +211,12 @@ class World:
             ValueError: if the state was used up, the actions are not of the space or the noise is not of the world.
         """
         self.check_state(state)
-        controls = self._controls(state, actions)
-        unguided = self._controls(state, None) if self.decoding.guidance else None
+        vectors, known = self._actions(state, actions)
         z = self._drawn_noise(state) if noise is None else self._given_noise(noise, len(state))
+        draws = self._draws(state.seeds, state.ages)
         state.spent, before = True, state.stream.tokens
-        report = imagine_frame(self.model.flow, state.stream, z, controls, self.decoding, unguided)
-        tokens = state.stream.tokens
-        if self.decoding.denoise == "causal":
-            tokens = self._clean(Seen(tokens, report.features))
-        output = self._output(state.seeds, state.ages, report, self._shown(tokens), unguided is not None)
-        return self._next(state, Held(output, report.features, torch.ones_like(output.terminated)), before)
+        imagine = self._imagine if self._recorder is None else self._imagine_recorded
+        return self._next(state, imagine(state.stream, z, draws, vectors, known), before)
 
     @torch.no_grad()
     def observe(self, state: WorldState, actions: Any, frames: Any) -> tuple[WorldState, WorldOutput]:
@@ -205,14 +225,14 @@ class World:
         With look-ahead, what is returned tells of the frame before, here too.
         """
         self.check_state(state)
-        controls = self._controls(state, actions)
+        controls = self.model.controls(*self._actions(state, actions))
         frames = self._frames(frames, 4)
         if len(frames) != len(state):
             raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
         tokens = self._noised(frames[:, None], state.seeds, state.ages)[:, 0]
         state.spent, before = True, state.stream.tokens
         report = read_frame(self.model.flow, state.stream, tokens, controls)
-        output = self._output(state.seeds, state.ages, report, frames)
+        output = self._output(self._draws(state.seeds, state.ages), report, frames)
         return self._next(state, Held(output, report.features, torch.zeros_like(output.terminated)), before)
 
     @torch.no_grad()
@@ -290,27 +310,60 @@ class World:
     ) -> WorldState:
         self._check_decoding()
         tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64), 0.0 if noised else 1.0)
-        stream, encoding = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock)
+        ahead = self.decoding.denoise == "lookahead"
+        stream, report = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock, report=ahead)
         state = WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
-        if self.decoding.denoise == "lookahead":
+        if ahead:
             # The first step tells of the last observed frame, which earned nothing.
-            last = (x[:, -1] for x in (encoding.log_prob, encoding.noise, encoding.features))
-            report = FrameReport.of_read(self.model.flow, *last)
-            output = self._output(seeds, state.ages - 1, report, frames[:, -1])
+            assert report is not None, "it was asked for"
+            output = self._output(self._draws(seeds, state.ages - 1), report, frames[:, -1])
             goes_on = torch.zeros_like(output.terminated)
             output = output._replace(terminated=goes_on, rewards=torch.zeros_like(output.rewards))
-            state.held = Held(output, encoding.features[:, -1], goes_on)
+            state.held = Held(output, report.features, goes_on)
         return state
 
-    def _output(
-        self, seeds: np.ndarray, ages: np.ndarray, report: FrameReport, frames: Tensor, guided: bool = False
-    ) -> WorldOutput:
-        """What is to be said of the frames numbered `ages`."""
+    def _imagine(self, stream: StreamState, z: Tensor, draws: Tensor, vectors: Tensor, known: Tensor) -> Held:
+        """The next frame, made of its noise `z` and `draws`; advances `stream`, and asks the device for nothing."""
+        controls, guided = self.model.controls(vectors, known), self.decoding.guidance > 0
+        unguided = self.model.controls(vectors, torch.zeros_like(known)) if guided else None
+        report = imagine_frame(self.model.flow, stream, z, controls, self.decoding, unguided)
+        tokens = stream.tokens
+        if self.decoding.denoise == "causal":
+            tokens = self._clean(Seen(tokens, report.features))
+        output = self._output(draws, report, self._shown(tokens), guided)
+        return Held(output, report.features, torch.ones_like(output.terminated))
+
+    def _imagine_recorded(self, stream: StreamState, *given: Tensor) -> Held:
+        """The same from a recording: one for each place in the ring, at which the clock is data."""
+        assert self._recorder is not None, "whoever calls this has seen to it"
+        cache, place = stream.cache, stream.cache.clock % stream.cache.window
+
+        def imagine(keys: Tensor, values: Tensor, visible: Tensor, tokens: Tensor, time: Tensor, *given: Tensor) -> Any:
+            own = StreamState(FrameCache(keys, values, visible, place, time), tokens, [])
+            current = own.cache.current  # before the cache advances
+            output, features, imagined = self._imagine(own, *given)
+            return *current, own.tokens, features, imagined, *output
+
+        inputs = (cache.keys, cache.values, cache.visible, stream.tokens, cache.time, *given)
+        keys, values, stream.tokens, features, imagined, *output = self._recorder(
+            imagine, inputs, (self.decoding, place)
+        )
+        for old, new in zip(cache.current, (keys, values), strict=True):
+            old.copy_(new)
+        cache.advance()
+        return Held(WorldOutput(*output), features, imagined)
+
+    def _draws(self, seeds: np.ndarray, ages: np.ndarray) -> Tensor:
+        """Uniform in [0, 1): what decides whether the frames numbered `ages` end their episodes."""
+        draws = [_generator(seed, age, 1).random(dtype=np.float32) for seed, age in zip(seeds, ages, strict=True)]
+        return to_device(np.stack(draws), self.device)
+
+    def _output(self, draws: Tensor, report: FrameReport, frames: Tensor, guided: bool = False) -> WorldOutput:
+        """What is to be said of frames."""
         log_likelihood = report.log_prob.sum(-1) + self.model.codec.log_det
         outcome = self.model.heads(report.features)
         probability = outcome.termination_probability
-        draws = [_generator(seed, age, 1).random(dtype=np.float32) for seed, age in zip(seeds, ages, strict=True)]
-        terminated = torch.tensor(np.stack(draws), device=self.device) < probability
+        terminated = draws < probability
         return WorldOutput(
             frames=frames,
             log_likelihood=log_likelihood,
@@ -371,7 +424,7 @@ class World:
         shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
         rows = zip(state.seeds, state.ages, strict=True)
         noise = [_generator(seed, age, 0).standard_normal(shape, dtype=np.float32) for seed, age in rows]
-        return self.decoding.temperature * torch.from_numpy(np.stack(noise)).to(self.device)
+        return self.decoding.temperature * to_device(np.stack(noise), self.device)
 
     def _given_noise(self, noise: Any, rows: int) -> Tensor:
         copy = noise.detach().clone() if isinstance(noise, Tensor) else np.array(noise)
@@ -381,7 +434,7 @@ class World:
             raise ValueError(f"noise: expected {shape} float32, got {copy.dtype}. {remedy}")
         if tuple(copy.shape) != shape:
             raise ValueError(f"noise: expected {shape} float32, got shape {tuple(copy.shape)}. {remedy}")
-        z = torch.as_tensor(copy, device=self.device)
+        z = to_device(copy, self.device)
         if not z.isfinite().all():
             raise ValueError(f"noise: expected finite numbers, got NaN or infinity. {remedy}")
         return z
@@ -394,10 +447,11 @@ class World:
             rng = _generator(seeds[row], ages[row] + frame, 0)
             rng.standard_normal(dtype=np.float32, out=normal[row, frame])
             rng.random(dtype=np.float32, out=uniform[row, frame])
-        arrays = (torch.from_numpy(array).to(self.device) for array in (uniform, scale * normal))
+        arrays = (to_device(array, self.device) for array in (uniform, scale * normal))
         return self.model.noised_tokens(frames, *arrays)
 
-    def _controls(self, state: WorldState, actions: Any) -> Tensor:
+    def _actions(self, state: WorldState, actions: Any) -> tuple[Tensor, Tensor]:
+        """Vectors of the rows' actions, and whether they are known."""
         state.check()
         rows = len(state)
         if actions is None:
@@ -405,7 +459,7 @@ class World:
         else:
             vectors = flatten_actions(self.action_space, actions, (rows,))
         known = torch.full((rows,), actions is not None, device=self.device)
-        return self.model.controls(torch.from_numpy(vectors).to(self.device), known)
+        return to_device(vectors, self.device), known
 
     def _past_actions(self, actions: Any, rows: int, frames: int) -> tuple[Tensor, Tensor]:
         """Vectors (rows, frames, n) of what led to each frame, and whether that is known."""
@@ -414,7 +468,7 @@ class World:
         if actions is not None:
             vectors[:, 1:] = flatten_actions(self.action_space, actions, (rows, frames - 1))
             known[:, 1:] = True
-        return torch.from_numpy(vectors).to(self.device), torch.from_numpy(known).to(self.device)
+        return to_device(vectors, self.device), to_device(known, self.device)
 
     @property
     def _action_size(self) -> int:
@@ -434,7 +488,7 @@ class World:
             raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
         if copy.ndim != dimensions or tuple(copy.shape[-3:]) != self.frame_shape or 0 in copy.shape:
             raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
-        return torch.as_tensor(copy, device=self.device)
+        return to_device(copy, self.device)
 
 
 def _generator(seed: SupportsInt, age: SupportsInt, purpose: int) -> np.random.Generator:

@@ -108,7 +108,8 @@ def test_a_report_is_that_of_the_frame(kind: Kind, config: dict[str, Any], draft
     read = read_video(flow, torch.cat([tokens[:, :2], decoded], dim=1), controls)[0]
     close(state.cache.keys, read.cache.keys)
     close(state.cache.values, read.cache.values)
-    close(state.deep.tokens, read.deep.tokens)
+    for ours, theirs in zip(state.stages, read.stages, strict=True):
+        close(ours.tokens, theirs.tokens)
 
 
 @each_kind
@@ -271,24 +272,46 @@ def test_a_neighbour_changes_nothing(size: int | None, seed: int) -> None:
     close(results["hard"].tokens[1], results["both"].tokens[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [None, 2, 4])
+@pytest.mark.parametrize("limit", [None, 2, 3])
+def test_learning_late_of_convergence_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, size: int | None, limit: int | None
+) -> None:
+    """As on a GPU, where a sweep begins before it is known how far the one before it came."""
+    puzzle = Puzzle(rows=4)
+    draft = puzzle.answer.clone()
+    draft[1], draft[3, -1] = 0, 0
+    found = {}
+    for behind in (0, 1, 2):
+        monkeypatch.setattr("sfv_world.decoding.solver.BEHIND", {"cpu": behind})
+        cache = puzzle.fresh
+        found[behind] = puzzle.solve(draft, cache, size=size, max_sweeps=limit), cache
+    for solution, cache in (found[1], found[2]):
+        exact(solution.sweeps, found[0][0].sweeps)
+        for ours, theirs in zip(solution, found[0][0], strict=True):
+            close(ours, theirs, rtol=0, atol=1e-12)
+        close(cache.keys, found[0][1].keys, rtol=0, atol=1e-12)
+        close(cache.values, found[0][1].values, rtol=0, atol=1e-12)
+
+
 def test_drafts_are_what_they_are_called() -> None:
     flow = tiny_flow("autoregressive")
     tokens, _ = video(flow, 2, 3)
-    state, encoding = read_video(flow, tokens, None)
-    noise = normal(2, 4, 3, seed=5)
-    exact(draft_tokens(noise, state.deep, "fields"), encoding.fields.mu[:, -1] + encoding.fields.sigma[:, -1] * noise)
-    exact(draft_tokens(noise, state.deep, "tokens"), encoding.latents[:, -1])
-    exact(draft_tokens(noise, state.deep, "noise"), noise)
-    exact(draft_tokens(noise, state.deep, "zeros"), torch.zeros_like(noise))
-    assert isinstance(state.deep, Stage)
+    encoding, (state, _) = flow(tokens, None), read_video(flow, tokens, None)
+    deep, noise = state.stages[0], normal(2, 4, 3, seed=5)
+    close(draft_tokens(noise, deep, "fields"), encoding.fields.mu[:, -1] + encoding.fields.sigma[:, -1] * noise)
+    close(draft_tokens(noise, deep, "tokens"), encoding.latents[:, -1])
+    exact(draft_tokens(noise, deep, "noise"), noise)
+    exact(draft_tokens(noise, deep, "zeros"), torch.zeros_like(noise))
+    assert isinstance(deep, Stage)
 
 
 def test_an_untrained_draft_network_says_what_the_fields_say() -> None:
     flow = VideoFlow(tiny_flow("autoregressive").config)
     tokens, controls = video(flow, 2, 3)
     state, _ = read_video(flow, tokens, controls)
-    noise = normal(2, 4, 3, seed=5)
-    close(flow.draft(noise, state.deep, controls[:, 0]), draft_tokens(noise, state.deep, "fields"))
+    deep, noise = state.stages[0], normal(2, 4, 3, seed=5)
+    close(flow.draft(noise, deep, controls[:, 0]), draft_tokens(noise, deep, "fields"))
 
 
 @torch.enable_grad()

@@ -183,7 +183,8 @@ def stream(
     encoding = flow(tokens, controls)
     head = None if controls is None else controls[:, :known]
     state, first = read_video(flow, tokens[:, :known], head, clock)
-    close(first.log_prob, encoding.log_prob[:, :known])
+    close(first.log_prob, encoding.log_prob[:, known - 1])
+    close(first.noise, encoding.noise[:, known - 1])
     for n in range(known, tokens.shape[1]):
         report = read_frame(flow, state, tokens[:, n], None if controls is None else controls[:, n])
         close(report.log_prob, encoding.log_prob[:, n])
@@ -208,7 +209,7 @@ def test_streaming_equals_the_parallel_pass(kind: Kind, known: int, window: int,
     exact(state.cache.visible, whole.cache.visible)
     close(state.cache.keys, whole.cache.keys)
     close(state.cache.values, whole.cache.values)
-    for ours, theirs in zip([state.deep, *state.shallow], [whole.deep, *whole.shallow], strict=True):
+    for ours, theirs in zip(state.stages, whole.stages, strict=True):
         close(ours.tokens, theirs.tokens)
         close(ours.fields.mu, theirs.fields.mu)
         close(ours.fields.sigma, theirs.fields.sigma)

@@ -1,7 +1,8 @@
 """Frame by frame: the flow as a stream, imagining the next frame or reading an observed one.
 
-The state between frames is the deep flow's cache and what each affine map did to the last frame. Reading (`read_frame`) and
-imagining (`imagine_frame`) advance it in the same way; a parallel pass over a video (`read_video`) ends in the same state.
+The state between frames is the deep flow's cache and what each map that is inverted by sweeps did to the last frame. Reading
+(`read_frame`) and imagining (`imagine_frame`) advance it in the same way; a parallel pass over a video (`read_video`) ends in
+the same state.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from sfv_world.decoding.solver import DecodingConfig, Draft, draft_tokens, solve
 from sfv_world.flow.affine import Fields, guide, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.model import Encoding, VideoFlow
+from sfv_world.flow.model import VideoFlow
 from sfv_world.flow.shallow import BandFlow, RasterFlow, Stage
 
 DEEP_SHARE = 0.5
@@ -36,25 +37,19 @@ class StreamState:
     """The deep flow's keys and values of the last W frames."""
     tokens: Float[Tensor, "b l c"]
     """Last frame's noised tokens."""
-    deep: Stage
-    """Last frame's latents and the deep flow's fields for them."""
-    shallow: list[Stage]
-    """Last frame's tokens and fields in each shallow block that is solved by sweeps."""
+    stages: list[Stage]
+    """What each map that is solved by sweeps did to the last frame: the autoregressive deep flow, then raster blocks."""
 
     def rows(self, rows: Int[Tensor, "n"]) -> "StreamState":
         """A copy of the given rows (selected, repeated, reordered)."""
-        return StreamState(
-            self.cache.rows(rows),
-            self.tokens[rows],
-            _stage_rows(self.deep, rows),
-            [_stage_rows(stage, rows) for stage in self.shallow],
-        )
+        stages = [Stage(tokens[rows], Fields(mu[rows], sigma[rows])) for tokens, (mu, sigma) in self.stages]
+        return StreamState(self.cache.rows(rows), self.tokens[rows], stages)
 
     def put(self, rows: Int[Tensor, "n"], other: "StreamState") -> None:
         """Replaces the given rows by those of `other`, a state of the same clock."""
         self.cache.put(rows, other.cache)
         self.tokens = self.tokens.index_put((rows,), other.tokens)  # a new one: whoever gave it may read it still
-        for mine, theirs in zip([self.deep, *self.shallow], [other.deep, *other.shallow], strict=True):
+        for mine, theirs in zip(self.stages, other.stages, strict=True):
             for old, new in zip((mine.tokens, *mine.fields), (theirs.tokens, *theirs.fields), strict=True):
                 old[rows] = new
 
@@ -76,8 +71,12 @@ class FrameReport(NamedTuple):
     """max|z' - z| between its exact noise and the noise asked for; 0 for a frame that was read."""
 
     @classmethod
-    def of_read(cls, flow: VideoFlow, log_prob: Tensor, noise: Tensor, features: Tensor) -> "FrameReport":
+    def of_read(
+        cls, flow: VideoFlow, fields: Fields, latents: Tensor, log_det: Tensor, features: Tensor
+    ) -> "FrameReport":
         """The report of frames that were read, in one pass of every block."""
+        noise, deep_log_det = fields.normalise(latents)
+        log_prob = standard_normal_log_prob(noise) + log_det + deep_log_det
         ones = torch.ones(len(noise), dtype=torch.long, device=noise.device)
         return cls(log_prob, noise, features, ones, ones * len(flow.shallow.blocks), torch.zeros_like(log_prob[:, 0]))
 
@@ -87,7 +86,9 @@ def read_video(
     tokens: Float[Tensor, "b t l c"],
     controls: Float[Tensor, "b t k d"] | None,
     clock: int | None = None,
-) -> tuple[StreamState, Encoding]:
+    *,
+    report: bool = True,
+) -> tuple[StreamState, FrameReport | None]:
     """Reads videos that begin here in one parallel pass.
 
     Args:
@@ -95,18 +96,23 @@ def read_video(
         tokens: noised tokens.
         controls: control tokens of what led to each frame.
         clock: number of the frame that comes next; none: the number of frames read.
+        report: whether to report the last frame; where the deep flow needs no latents, this takes a pass of the shallow flow.
     """
-    frames = tokens.shape[1]
+    frames, last = tokens.shape[1], tokens[:, -1].clone()
     cache = flow.deep.new_cache(len(tokens), frames if clock is None else clock)
-    encoding = flow(tokens, controls, cache)
+    if flow.config.kind == "frame-parallel":
+        condition = features = flow.deep.features(flow.deep.shift(tokens), controls, cache=cache)[:, -1]
+    else:
+        features, condition = flow(tokens, controls, cache).features[:, -1], None
     for back in range(1, min(frames, cache.window) + 1):
         cache.visible[:, (cache.clock - back) % cache.window] = True
-    shallow: list[Stage] = []
-    if isinstance(flow.shallow, RasterFlow):
-        condition = encoding.features[:, -1] if flow.config.kind == "frame-parallel" else None
-        _, _, shallow = flow.shallow(tokens[:, -1], condition)
-    fields = Fields(encoding.fields.mu[:, -1], encoding.fields.sigma[:, -1])
-    return StreamState(cache, tokens[:, -1].clone(), Stage(encoding.latents[:, -1], fields), shallow), encoding
+    state = StreamState(cache, last, [])
+    if not report and condition is not None and isinstance(flow.shallow, BandFlow):
+        return state, None
+    latents, log_det, shallow = flow.shallow(last, condition)
+    fields = flow.deep.fields(features)
+    state.stages = _stages(flow, Stage(latents, fields), shallow)
+    return state, FrameReport.of_read(flow, fields, latents, log_det, features)
 
 
 def read_frame(
@@ -119,10 +125,8 @@ def read_frame(
     else:
         latents, log_det, shallow = flow.shallow(tokens)
         features, fields = _read_latents(flow, state, latents, controls)
-    noise, deep_log_det = fields.normalise(latents)
-    _advance(state, tokens, Stage(latents, fields), shallow)
-    log_prob = standard_normal_log_prob(noise) + log_det + deep_log_det
-    return FrameReport.of_read(flow, log_prob, noise, features)
+    _advance(state, tokens, _stages(flow, Stage(latents, fields), shallow))
+    return FrameReport.of_read(flow, fields, latents, log_det, features)
 
 
 def imagine_frame(
@@ -152,27 +156,25 @@ def imagine_frame(
         features, fields = _predict(flow, state, controls)  # the last pass: the cache keeps its keys and values
         drawn = fields if without is None else guide(fields, without, config.guidance)
         latents, sweeps = drawn.denormalise(noise), torch.full_like(noise[:, 0, 0], 2 if config.guidance else 1).long()
-        condition = features
+        condition, previous = features, state.stages
     else:
+        deep, *previous = state.stages
         solution = solve(
             flow.deep,
             noise,
-            flow.draft(noise, state.deep, controls)
-            if config.draft == "learned"
-            else draft_tokens(noise, state.deep, config.draft),
+            flow.draft(noise, deep, controls) if config.draft == "learned" else draft_tokens(noise, deep, config.draft),
             state.cache,
             tolerance=DEEP_SHARE * config.tolerance,
             size=config.block,
             max_sweeps=config.max_sweeps,
-            before=state.deep.tokens[:, -1:],
+            before=deep.tokens[:, -1:],
             controls=controls,
         )
         latents, sweeps, features = solution.tokens, solution.sweeps, solution.features
         fields, condition = flow.deep.fields(features), None
         drawn = fields
 
-    previous, draft = state.shallow, config.draft
-    loose = SHALLOW_SHARE * config.tolerance
+    draft, loose = config.draft, SHALLOW_SHARE * config.tolerance
     tolerance = torch.full_like(noise[:, 0, 0], min(loose, SHALLOW_TOLERANCE) if condition is None else loose)
     shallow_sweeps = torch.zeros_like(sweeps)
     for attempt in range(1, ATTEMPTS + 1):
@@ -197,7 +199,7 @@ def imagine_frame(
         # Rows that are good enough start from their own answer with any tolerance: they stay as they are, bit for bit.
         tolerance = torch.where(missed, TIGHTER * tolerance, torch.inf)
         previous, draft = shallow, "tokens"
-    _advance(state, tokens, Stage(found, fields), shallow)
+    _advance(state, tokens, _stages(flow, Stage(found, fields), shallow))
     log_prob = standard_normal_log_prob(exact) + log_det + deep_log_det
     return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps, certificate)
 
@@ -252,15 +254,15 @@ def _read_latents(
     flow: VideoFlow, state: StreamState, latents: Tensor, controls: Tensor | None
 ) -> tuple[Tensor, Fields]:
     """The autoregressive deep flow's pass over known latents: features and fields of their frame."""
-    carried = torch.cat([state.deep.tokens[:, -1:], latents[:, :-1]], dim=1)
+    carried = torch.cat([state.stages[0].tokens[:, -1:], latents[:, :-1]], dim=1)
     features = flow.deep.decode(carried, state.cache, controls=controls)
     return features, flow.deep.fields(features)
 
 
-def _advance(state: StreamState, tokens: Tensor, deep: Stage, shallow: list[Stage]) -> None:
+def _stages(flow: VideoFlow, deep: Stage, shallow: list[Stage]) -> list[Stage]:
+    return [deep, *shallow] if flow.config.kind == "autoregressive" else shallow
+
+
+def _advance(state: StreamState, tokens: Tensor, stages: list[Stage]) -> None:
     state.cache.advance()
-    state.tokens, state.deep, state.shallow = tokens, deep, shallow
-
-
-def _stage_rows(stage: Stage, rows: Tensor) -> Stage:
-    return Stage(stage.tokens[rows], Fields(stage.fields.mu[rows], stage.fields.sigma[rows]))
+    state.tokens, state.stages = tokens, stages

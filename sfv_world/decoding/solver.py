@@ -6,11 +6,16 @@ so it also knows that input's exact noise z' = (x - mu) / sigma. The solver ther
 never the one it would try next: fields, noise and cached keys and values are exactly those of what is returned, and
 the certificate max|z' - z| says how far that is from what was asked for. Tokens within the tolerance, with all before them, are
 settled: they stay as they are, and later sweeps evaluate only what follows them.
+
+On a GPU, the host learns how far a sweep came while the next one is computed, so it never waits for an idle device. What is
+settled already is then evaluated once more, which changes nothing.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,9 +23,13 @@ from torch import Tensor
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
 from sfv_world.flow.transformer import SlotTransformer
+from sfv_world.transfer import Fetch, to_device
 
 Draft = Literal["fields", "tokens", "noise", "zeros", "learned"]
 Denoise = Literal["none", "causal", "lookahead"]
+
+BEHIND = {"cuda": 1}
+"""Sweeps that the host's knowledge of convergence is behind, by type of device; 0 elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -118,51 +127,62 @@ def solve(
     A row's result never depends on the other rows; a row that is done takes no further part.
     """
     rows, length = noise.shape[:2]
-    tolerances = torch.as_tensor(tolerance, device=noise.device).expand(rows)
+    device = noise.device
+    tolerances = tolerance if isinstance(tolerance, Tensor) else torch.full((rows,), tolerance, device=device)
     tokens = draft.clone()
     features = noise.new_empty(rows, length, block.config.width)
-    sweeps = torch.zeros(rows, dtype=torch.long, device=noise.device)
+    sweeps = torch.zeros(rows, dtype=torch.long, device=device)
     errors = noise.new_zeros(rows, length)
     for start in range(0, length, size or length):
         stop = min(start + (size or length), length)
         limit = max_sweeps or stop - start + 1
-        active, work = torch.arange(rows, device=noise.device), cache
-        verified = torch.full((rows,), start, device=noise.device)  # tokens that are settled, with all before them
+        settled = torch.full((rows,), start, device=device)  # tokens that are, with all before them
+        # What the host knows: which rows take part, in a cache of their own, and what they all have settled.
+        active, work, known, told = np.arange(rows), cache, start, deque[Fetch]()
+        taking_part = to_device(active, device)
         for sweep in range(1, limit + 1):
             # Slots before the first token that any row has open are done: their keys and values are in the cache.
-            at = slice(int(verified[active].min()) if work is not None else start, stop)
-            now, wanted = tokens[active], noise[active, at]
-            first = before[active] if at.start == 0 else now[:, at.start - 1 : at.start]
+            at = slice(known if work is not None else start, stop)
+            now, wanted = tokens[taking_part], noise[taking_part, at]
+            first = before[taking_part] if at.start == 0 else now[:, at.start - 1 : at.start]
             carried = torch.cat([first, now[:, at.start : at.stop - 1]], dim=1)
             if work is None:
-                given = None if condition is None else condition[active, None]
+                given = None if condition is None else condition[taking_part, None]
                 seen = block.features(carried[:, None], condition=given)[:, 0]
             else:
-                seen = block.decode(carried, work, at, _pick(controls, active), _pick(condition, active, at))
+                at_slots = _pick(condition, taking_part, at)
+                seen = block.decode(carried, work, at, _pick(controls, taking_part), at_slots)
             fields = block.fields(seen)
-            sweeps[active] += 1
-            features[active, at] = seen
+            sweeps[taking_part] += settled[taking_part] < stop
+            features[taking_part, at] = seen
             if stop - start == 1:  # a lone token's fields do not depend on it: it is exact at once
-                tokens[active, at] = fields.denormalise(wanted)
+                tokens[taking_part, at] = fields.denormalise(wanted)
                 break
             found, _ = fields.normalise(now[:, at])
             error = (found - wanted).abs().amax(dim=2)
-            errors[active, at] = error
-            fine = error < tolerances[active, None]  # NaN is never below and goes on to the limit
-            verified[active] = torch.maximum(verified[active], at.start + fine.cumprod(1).sum(1))
-            done = fine.all(1) | (sweep == limit)
-            finished = active[done]
-            if cache is not None and work is not None and len(finished):
-                if work is not cache:
-                    cache.write_current(finished, work.rows(done.nonzero()[:, 0]))
-                work = work.rows((~done).nonzero()[:, 0])
-            if len(finished) == len(active):
+            errors[taking_part, at] = error
+            fine = error < tolerances[taking_part, None]  # NaN is never below and goes on to the limit
+            settled[taking_part] = torch.maximum(settled[taking_part], at.start + fine.cumprod(1).sum(1))
+            told.append(Fetch([settled]))
+            if sweep == limit:
+                far = np.full(rows, stop)
+            elif len(told) > BEHIND.get(device.type, 0):
+                (far,) = told.popleft().wait()
+            else:
+                far = np.full(rows, known)
+            finished = far[active] == stop
+            if cache is not None and work is not None and work is not cache and finished.any():
+                gone = to_device(np.flatnonzero(finished), device)
+                cache.write_current(taking_part[gone], work.rows(gone))
+            if finished.all():
                 break
-            active = active[~done]
-            unsettled = torch.arange(at.start, stop, device=noise.device) >= verified[active, None]
-            tokens[active, at] = torch.where(
-                unsettled[..., None], fields.denormalise(wanted)[~done], tokens[active, at]
-            )
+            unsettled = torch.arange(at.start, stop, device=device) >= settled[taking_part, None]
+            tokens[taking_part, at] = torch.where(unsettled[..., None], fields.denormalise(wanted), now[:, at])
+            if finished.any():
+                going = to_device(np.flatnonzero(~finished), device)
+                active, taking_part = active[~finished], taking_part[going]
+                work = None if work is None else work.rows(going)
+            known = int(far[active].min())
     return Solution(tokens, features, sweeps, errors.amax(1))
 
 

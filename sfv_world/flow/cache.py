@@ -25,6 +25,15 @@ class FrameCache:
     values: Float[Tensor, "layers rows heads slots_of_all_frames head_dim"]
     visible: Bool[Tensor, "rows window"]
     clock: int
+    recorded_time: Int[Tensor, "1"] | None = None
+    """The clock where it is to be data, as in a step that is recorded at one clock and replayed at another."""
+
+    @property
+    def time(self) -> Int[Tensor, "1"]:
+        """The clock, on the device."""
+        if self.recorded_time is not None:
+            return self.recorded_time
+        return torch.full((1,), self.clock, device=self.keys.device)
 
     @property
     def slots(self) -> int:
@@ -35,6 +44,12 @@ class FrameCache:
     def window(self) -> int:
         """Frames a query can see, W, its own included."""
         return self.visible.shape[1]
+
+    @property
+    def current(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the current frame."""
+        place = self._place(self.clock % self.window, slice(0, self.slots))
+        return self.keys[:, :, :, place], self.values[:, :, :, place]
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores the keys and values (rows, frames, heads, slots, head_dim) of the frames that end just before `clock`."""
@@ -55,7 +70,9 @@ class FrameCache:
         """True where a query of the slots `at` sees a key; None where every query sees everything."""
         visible = self.visible.clone()
         visible[:, self.clock % self.window] = True
-        if not causal and bool(visible.all()):
+        # Elsewhere, asking would make the host wait, and a recording is to hold whatever is visible.
+        here = visible.device.type == "cpu" and self.recorded_time is None
+        if not causal and here and bool(visible.all()):
             return None
         mask = visible.repeat_interleave(self.slots, dim=1)[:, None, None, :]
         if causal:
@@ -83,8 +100,7 @@ class FrameCache:
     def write_current(self, rows: Int[Tensor, "n"], other: "FrameCache") -> None:
         """Takes over the current frame of `other`, whose rows are the given rows of this cache."""
         place = self._place(self.clock % self.window, slice(0, self.slots))
-        self.keys[:, rows, :, place] = other.keys[:, :, :, place]
-        self.values[:, rows, :, place] = other.values[:, :, :, place]
+        self.keys[:, rows, :, place], self.values[:, rows, :, place] = other.current
 
     def _place(self, frame: int, at: slice) -> slice:
         return slice(frame * self.slots + at.start, frame * self.slots + at.stop)

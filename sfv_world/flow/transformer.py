@@ -13,7 +13,7 @@ of W frames compute the same function at any length.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,20 +96,20 @@ class SlotTransformer(nn.Module):
     ) -> Float[Tensor, "b t l w"]:
         """Parallel pass over whole videos that begin here; `cache` (fresh, its clock at the end) takes their keys and values."""
         b, t = slots.shape[:2]
-        x = self._embed(rearrange(slots, "b t l c -> (b t) l c"), _fold(condition))
+        x, controls = self._embed(rearrange(slots, "b t l c -> (b t) l c"), _fold(condition), _fold(controls))
         first = 0 if cache is None else cache.clock - t
         turn = self.rope(torch.arange(first, first + t, device=x.device)).repeat(b if t > 1 else 1, 1, 1, 1)[:, None]
         mask = self._window_mask(t, x.device)
         for index, layer in enumerate(self.attn_blocks):
             attend_window = partial(self._attend_window, frames=t, mask=mask, cache=cache, index=index)
-            x = layer(x, turn, attend_window, _fold(controls))
+            x = layer(x, turn, attend_window, controls)
         return rearrange(self.final_norm(x), "(b t) l w -> b t l w", t=t)
 
     def alone(
         self, slots: Float[Tensor, "b l c"], condition: Float[Tensor, "b l e"] | None = None
     ) -> Float[Tensor, "b l w"]:
         """Pass over frames that know nothing of each other (frame order only)."""
-        x = self._embed(slots, condition)
+        x, _ = self._embed(slots, condition)
         turn = self.rope(torch.zeros(1, dtype=torch.long, device=x.device))[:, None]
         for layer in self.attn_blocks:
             x = layer(x, turn, attend)
@@ -125,8 +125,8 @@ class SlotTransformer(nn.Module):
     ) -> Float[Tensor, "b l w"]:
         """Streaming pass over the slots `at` (default: all) of the current frame of `cache`, which takes their keys and values."""
         at = at or slice(0, self.slots)
-        x = self._embed(slots, condition, at)
-        turn = self.rope(torch.tensor([cache.clock], device=x.device), at)[:, None]
+        x, controls = self._embed(slots, condition, controls, at)
+        turn = self.rope(cache.time, at)[:, None]
         mask = cache.mask(at, causal=self.order == "token")
         for index, layer in enumerate(self.attn_blocks):
             x = layer(x, turn, partial(cache.attend, index, at=at, mask=mask), controls)
@@ -155,7 +155,7 @@ class SlotTransformer(nn.Module):
 
     def new_cache(self, rows: int, clock: int = 0) -> FrameCache:
         """An empty cache for `rows` videos, on this module's device, `clock` frames into its ring's time."""
-        config, weight = self.config, self.proj_in.weight
+        config, weight = self.config, self.layer_weight
         heads, keys = config.width // config.head_dim, config.window * self.slots
         shape = (config.depth, rows, heads, keys, config.head_dim)
         visible = torch.zeros(rows, config.window, dtype=torch.bool, device=weight.device)
@@ -164,26 +164,36 @@ class SlotTransformer(nn.Module):
     def at_clock(self, cache: FrameCache, clock: int) -> FrameCache:
         """A copy of `cache` whose time is shifted to `clock`: keys turned on, ring places moved; the same to rounding."""
         ahead = clock - cache.clock
-        turn = self.rope(torch.tensor([ahead], device=cache.keys.device), slice(0, 1))  # place (0, 0): time alone
+        turn = self.rope(torch.full((1,), ahead, device=cache.keys.device), slice(0, 1))  # place (0, 0): time alone
         keys = rotate(cache.keys, turn).roll(ahead * cache.slots, dims=3)
         values = cache.values.roll(ahead * cache.slots, dims=3)
         return FrameCache(keys, values, cache.visible.roll(ahead, dims=1), clock)
 
-    def _embed(self, slots: Tensor, condition: Tensor | None, at: slice = slice(None)) -> Tensor:
-        x = self.proj_in(slots)
+    @property
+    def layer_weight(self) -> Tensor:
+        """A weight of the layers, for their dtype and device."""
+        return cast(Layer, self.attn_blocks[0]).attention.proj.weight
+
+    def _embed(
+        self, slots: Tensor, condition: Tensor | None, controls: Tensor | None = None, at: slice = slice(None)
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream that the first layer reads, and the controls, in what the layers compute in."""
+        x, dtype = self.proj_in(slots), self.layer_weight.dtype
         if self.proj_condition is not None:
             x = x + self.proj_condition(condition)
-        return x if self.place is None else x + self.place[:, at]
+        if self.place is not None:
+            x = x + self.place[:, at]
+        return x.to(dtype), None if controls is None else controls.to(dtype)
 
     def _window_mask(self, frames: int, device: torch.device) -> Bool[Tensor, "t 1 l keys"] | None:
         window = min(self.config.window, frames)
         if window == 1:
             return None
-        ahead = torch.arange(frames)[:, None] - window + 1 + torch.arange(window)
+        ahead = torch.arange(frames, device=device)[:, None] - window + 1 + torch.arange(window, device=device)
         mask = (ahead >= 0).repeat_interleave(self.slots, dim=1)[:, None, None, :].repeat(1, 1, self.slots, 1)
         if self.order == "token":
-            mask[..., -self.slots :] = torch.ones(self.slots, self.slots, dtype=torch.bool).tril()
-        return mask.to(device)
+            mask[..., -self.slots :] = torch.ones(self.slots, self.slots, dtype=torch.bool, device=device).tril()
+        return mask
 
     def _attend_window(
         self, q: Tensor, k: Tensor, v: Tensor, *, frames: int, mask: Tensor | None, cache: FrameCache | None, index: int
