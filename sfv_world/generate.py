@@ -16,11 +16,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from sfv_world.codec.vae import ImageCodec, WanCodec, find_codec, load_codec, to_pixels
+from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
 from sfv_world.pretrained import read_config
+from sfv_world.released.backbone import find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
-from sfv_world.released.config import ReleasedConfig, find_config
+from sfv_world.released.config import ReleasedConfig
 from sfv_world.released.load import load_released
 from sfv_world.released.memory import Need, check_memory, codec_needs, stored_numbers
 from sfv_world.released.plan import InfoConfig, plan
@@ -102,12 +103,7 @@ def prepare(config: GenerateConfig) -> Job:
         ImportError: if `diffusers` is not installed.
         ValueError: if something is missing or does not fit.
     """
-    if read_config(config.world, "a converted model").get("layout") != "starflow":
-        raise ValueError(
-            f"world: expected a folder made by `sfv-world convert`, got {config.world}, which holds another kind of world. "
-            "Worlds that were trained here are shown by `sfv-world demo`."
-        )
-    shape, codec = find_config(config.world), find_codec(config.vae or config.world / "vae")
+    shape, codec = find_parts(config.world, config.vae)
     is_video = shape.shallow_block_local
     height, width, frames = VIDEO if is_video else IMAGE
     height, width, frames = config.height or height, config.width or width, config.frames or frames
@@ -123,10 +119,6 @@ def prepare(config: GenerateConfig) -> Job:
         what = f"{frames} frames" if config.image is None else f"the image {config.image}"
         raise ValueError(
             f"frames, image: expected one frame and no image to begin with of a model of images, got {what}."
-        )
-    if codec.channels != shape.in_channels:
-        raise ValueError(
-            f"vae: expected latents of {shape.in_channels} channels, got a VAE of {codec.channels}. Give the model's."
         )
     side = codec.space * shape.patch_size
     if height % side or width % side:

@@ -116,7 +116,7 @@ class Rollout(NamedTuple):
 
 def horizon(config: HorizonConfig) -> dict[str, Any]:
     """Imagines, prints and writes what was found, and returns it."""
-    world = load_world(config.world, config.device)
+    world = load_world(config.world, config.device, released=False)
     world.decoding = replace(world.decoding, temperature=config.temperature)
     if config.project and world.model.denoiser is None:
         raise ValueError(

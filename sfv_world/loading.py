@@ -6,22 +6,31 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from sfv_world.checkpoint import DECODING, STARTS, load_model, load_tensors, save_tensors
+from sfv_world.checkpoint import DECODING, STARTS, kind_of, load_model, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.released.adapted import DECODING as RELEASED_DECODING
+from sfv_world.released.adapted import AdaptedConfig, load_adapted
 from sfv_world.world import World
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
-def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: DecodingConfig | None = None) -> World:
+def load_world(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    decoding: DecodingConfig | None = None,
+    *,
+    released: bool = True,
+) -> World:
     """Loads a world: the name of a shipped one, or a folder.
 
     Args:
         name: of the world.
         device: where to compute it.
-        decoding: how; none: as it was calibrated for this kind of device, or the defaults.
+        decoding: how; none: as it was calibrated for this kind of device, or the defaults of its kind.
+        released: whether it may be one on a released model.
 
     Raises:
         ValueError: if there is none, or its files are damaged or do not fit each other.
@@ -32,8 +41,14 @@ def load_world(name: str | Path, device: str | torch.device = "cpu", decoding: D
     if not folder.is_dir():
         shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
         raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
-    model, about = load_model(folder, device)
-    world = World(model, decoding or calibrated(folder, device), None, about, folder.resolve())
+    own = kind_of(folder) != AdaptedConfig.__name__
+    if not (own or released):
+        raise ValueError(
+            f"world: expected one of its own weights, got {folder}, one on a released model. Step it (`gymnasium.make`)."
+        )
+    model, about = load_model(folder, device) if own else load_adapted(folder, device)
+    decoding = decoding or calibrated(folder, device) or (None if own else RELEASED_DECODING)
+    world = World(model, decoding, None, about, folder.resolve())
     if (folder / STARTS).exists():
         world.starts, _ = load_tensors(folder / STARTS)
         expected = {"frames": world.frame_shape, "actions": (action_size(world.action_space),)}

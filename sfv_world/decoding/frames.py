@@ -41,6 +41,11 @@ class StreamState:
     shallow: list[Stage]
     """Last frame's tokens and fields in each shallow block that is solved by sweeps."""
 
+    @property
+    def clock(self) -> int:
+        """Number of the next frame in the ring's time, which all rows share."""
+        return self.cache.clock
+
     def rows(self, rows: Int[Tensor, "n"]) -> "StreamState":
         """A copy of the given rows (selected, repeated, reordered)."""
         return StreamState(
