@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
-from sfv_world.pretrained import read_config
-from sfv_world.released.backbone import find_parts
+from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
 from sfv_world.released.config import ReleasedConfig
 from sfv_world.released.load import load_released
@@ -123,9 +122,7 @@ def prepare(config: GenerateConfig) -> Job:
     side = codec.space * shape.patch_size
     if height % side or width % side:
         raise ValueError(f"height, width: expected multiples of {side} pixels, got {height} x {width}.")
-    states = read_config(config.text_encoder or config.world / "text_encoder", "a T5 encoder").get("d_model")
-    if states != shape.txt_dim:
-        raise ValueError(f"text_encoder: expected states of {shape.txt_dim} channels, got {states}. Give the model's.")
+    check_text_encoder(config.text_encoder or config.world / "text_encoder", shape)
     # Without a caption both prompts are the same, and guidance does nothing but cost.
     clip = config.clip if config.prompt else replace(config.clip, guidance=0.0)
     return Job(shape, codec, height, width, frames, replace(clip, noise=clip.noise or shape.noise))

@@ -10,7 +10,6 @@ from sfv_world.checkpoint import DECODING, STARTS, kind_of, load_model, load_ten
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.released.adapted import DECODING as RELEASED_DECODING
 from sfv_world.released.adapted import AdaptedConfig, load_adapted
 from sfv_world.world import World
 
@@ -47,8 +46,7 @@ def load_world(
             f"world: expected one of its own weights, got {folder}, one on a released model. Step it (`gymnasium.make`)."
         )
     model, about = load_model(folder, device) if own else load_adapted(folder, device)
-    decoding = decoding or calibrated(folder, device) or (None if own else RELEASED_DECODING)
-    world = World(model, decoding, None, about, folder.resolve())
+    world = World(model, decoding or calibrated(folder, device), None, about, folder.resolve())
     if (folder / STARTS).exists():
         world.starts, _ = load_tensors(folder / STARTS)
         expected = {"frames": world.frame_shape, "actions": (action_size(world.action_space),)}

@@ -75,6 +75,9 @@ class Reading(NamedTuple):
 class WorldModel(nn.Module):
     """All weights of a world."""
 
+    decoding = DecodingConfig()
+    """How such a world is decoded if nothing else is said."""
+
     def __init__(self, config: ModelConfig, action_space: gym.Space[Any]):
         super().__init__()
         self.config, self.action_space = config, action_space

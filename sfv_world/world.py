@@ -63,7 +63,7 @@ class World:
         folder: Path | None = None,
     ):
         self.model: Any = model.eval()
-        self.decoding = decoding or DecodingConfig()
+        self.decoding = decoding or model.decoding
         self.starts, self.about, self.folder = starts, about or {}, folder
 
     @property
@@ -184,8 +184,10 @@ class World:
         return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds, clock)
 
     @torch.no_grad()
-    def step(self, state: WorldState, actions: Any, noise: Any = None) -> tuple[WorldState, WorldOutput]:
-        """Imagines the next frame of every row: the frames of a step, where it has several; an action is held for all of them.
+    def step(
+        self, state: WorldState, actions: Any, noise: Any = None, *, held: bool = True
+    ) -> tuple[WorldState, WorldOutput]:
+        """Imagines the next frame of every row, or the frames of the next step where it has several.
 
         With `decoding.denoise` "lookahead", all that is returned tells of the frame before it; the first step tells of the last
         observed frame, and after a frame that ended the episode one more step is needed to be told of it.
@@ -194,12 +196,13 @@ class World:
             state: where the rows stand; used up.
             actions: an action per row; None where the model shall not know of one.
             noise: (B, L, C) float32 to decode as it is, whatever the temperature; the rows' own draw if not given.
+            held: whether each action is held for all frames of the step; else they are B x `time`, one for each frame.
 
         Raises:
             ValueError: if the state was used up, the actions are not of the space or the noise is not of the world.
         """
         self.check_state(state)
-        controls = self._controls(state, actions)
+        controls = self._controls(state, actions, held)
         unguided = self._controls(state, None) if self.decoding.guidance else None
         z = self._drawn_noise(state) if noise is None else self._given_noise(noise, len(state))
         state.spent, before = True, state.stream.tokens
@@ -209,18 +212,20 @@ class World:
         return self._next(state, Held(output, report.features, torch.ones_like(output.terminated)), before)
 
     @torch.no_grad()
-    def observe(self, state: WorldState, actions: Any, frames: Any) -> tuple[WorldState, WorldOutput]:
+    def observe(
+        self, state: WorldState, actions: Any, frames: Any, *, held: bool = True
+    ) -> tuple[WorldState, WorldOutput]:
         """Reads the next frame of every row, which is given, (B, H, W, 3) uint8; otherwise as `step`.
 
         With look-ahead, what is returned tells of the frame before, here too. Where a step has several frames, they are
-        (B, time, H, W, 3), and the action is that which was held for all of them.
+        (B, time, H, W, 3).
 
         Raises:
             ValueError: as `step`, or if frames are not as the world expects, or its codec looks back in time and frames of a row
                 were imagined.
         """
         self.check_state(state)
-        controls = self._controls(state, actions)
+        controls = self._controls(state, actions, held)
         frames = self._frames(frames, "(B", self.observation_shape)
         if len(frames) != len(state):
             raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
@@ -418,15 +423,17 @@ class World:
     def _steps(self, frames: Tensor) -> int:
         return self.model.codec.steps(frames.shape[1])
 
-    def _controls(self, state: WorldState, actions: Any) -> Tensor:
+    def _controls(self, state: WorldState, actions: Any, held: bool = True) -> Tensor:
         state.check()
         rows = len(state)
         if actions is None:
-            vectors = np.zeros((rows, action_size(self.action_space)), np.float32)
+            vectors = np.zeros((rows, self.time * action_size(self.action_space)), np.float32)
+        elif held:
+            vectors = np.tile(flatten_actions(self.action_space, actions, (rows,)), self.time)
         else:
-            vectors = flatten_actions(self.action_space, actions, (rows,))
-        held = torch.from_numpy(np.tile(vectors, self.time)).to(self.device)
-        return self.model.controls(held, torch.full((rows,), actions is not None, device=self.device))
+            vectors = flatten_actions(self.action_space, actions, (rows, self.time)).reshape(rows, -1)
+        known = torch.full((rows,), actions is not None, device=self.device)
+        return self.model.controls(torch.from_numpy(vectors).to(self.device), known)
 
     def _past_actions(self, actions: Any, rows: int, frames: int) -> tuple[Tensor, Tensor]:
         """Vectors (rows, steps, n) of what led to each frame (or to the frames of each step), and whether that is known."""

@@ -40,7 +40,8 @@ class VideoCodecConfig:
         side = self.space * self.patch
         if self.height < side or self.width < side or self.height % side or self.width % side:
             raise ValueError(
-                f"height, width: expected multiples of {side} pixels, which are a token, got {self.height} x {self.width}."
+                f"height, width: expected multiples of {side} pixels, which are a token, got frames of {self.height} x "
+                f"{self.width}. Give them, or record them (`sfv-world collect`), in such a size."
             )
 
     @property
@@ -62,6 +63,7 @@ class VideoCodecConfig:
 class VideoCodec(Codec):
     """Videos (b, n, H, W, 3) uint8 <-> tokens (b, t, L, C) float32 of latents, just as the VAE has them."""
 
+    config: VideoCodecConfig
     shows_noise = False
 
     def __init__(self, config: VideoCodecConfig, vae: WanCodec | ImageCodec):

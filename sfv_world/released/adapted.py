@@ -36,9 +36,6 @@ from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.sampling import DeepStream, Drawn, Report, ShallowInverse, clean, join
 from sfv_world.released.stream import Past, ReleasedStream, Video
 
-DECODING = DecodingConfig(block=64, denoise="causal")
-"""How such a world is decoded if nothing else is said: its noise is too large to look at."""
-
 
 @dataclass(frozen=True)
 class AdaptedConfig:
@@ -96,6 +93,8 @@ class AdaptedModel(nn.Module):
     """
 
     text: Tensor
+    decoding = DecodingConfig(block=64, denoise="causal")
+    """How such a world is decoded if nothing else is said: its noise is too large to look at."""
     denoiser = None
     """A denoiser of its own there is none: the backbone's cleans frames, or its score where it has none."""
 

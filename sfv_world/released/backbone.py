@@ -46,6 +46,13 @@ def find_parts(
     return shape, codec
 
 
+def check_text_encoder(folder: Path, shape: ReleasedConfig) -> None:
+    """Raises a ValueError if a folder does not hold the T5 encoder of a model of this shape, by its configuration alone."""
+    states = read_config(folder, "a T5 encoder").get("d_model")
+    if states != shape.txt_dim:
+        raise ValueError(f"text_encoder: expected states of {shape.txt_dim} channels, got {states}. Give the model's.")
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A frozen model of videos and its codec: what worlds stand on without owning it. Copies of them share it."""
