@@ -93,6 +93,7 @@ class AdaptedModel(nn.Module):
     """
 
     text: Tensor
+    """States of the prompt."""
     decoding = DecodingConfig(block=64, denoise="causal")
     """How such a world is decoded if nothing else is said: its noise is too large to look at."""
     denoiser = None
@@ -259,9 +260,7 @@ class AdaptedModel(nn.Module):
     def _show(self, video: Video, clean_first: bool) -> UInt8[Tensor, "1 time height width 3"]:
         tokens = video.chunk[-1].tokens[:, None]
         if clean_first:
-            chunk, controls = (
-                torch.stack(x, dim=1) for x in ([p.tokens for p in video.chunk], [p.controls for p in video.chunk])
-            )
+            chunk, _, controls = (torch.stack(part, dim=1) for part in zip(*video.chunk, strict=True))
             told = self.adapter.told(controls, self.text.shape[1])
             tokens = clean(self.flow, chunk, self.text, self.codec.config.grid, self.config.noise, told)[:, -1:]
         return self.codec.frames(self.codec.decode(tokens), video.shown)
@@ -298,11 +297,16 @@ def load_adapted(folder: Path, device: str | torch.device = "cpu") -> tuple[Adap
     """
     config, action_space, about = read_world(folder, AdaptedConfig)
     backbone, size = (folder / config.backbone).resolve(), (config.codec.height, config.codec.width)
+    if not backbone.is_dir():
+        raise ValueError(
+            f"backbone: expected the released model that {folder} was trained on in {backbone}, found no such folder. "
+            f"Put it there, or name its place in {CONFIG}."
+        )
     outline = Backbone.outline(backbone, *size)
     if outline.codec.config != config.codec or fingerprint(backbone) != config.fingerprint:
         raise ValueError(
             f"backbone: expected the released model and VAE that {folder} was trained on (checksum {config.fingerprint}), "
-            f"got others in {backbone}. Name their folder in its {CONFIG}."
+            f"got others in {backbone}. Name their place in {CONFIG}."
         )
     tensors = fitting(folder / MODEL, lambda: AdaptedModel(config, action_space, outline), device)
     model = AdaptedModel(config, action_space, Backbone.load(backbone, *size, device)).to(device)

@@ -11,12 +11,10 @@ import torch
 from sfv_world.codec.vae import ImageCodec, WanCodec, find_codec, load_codec
 from sfv_world.codec.video import VideoCodec, VideoCodecConfig
 from sfv_world.pretrained import read_config
-from sfv_world.released.config import ReleasedConfig, find_config
+from sfv_world.released.config import LAYOUT, ReleasedConfig, find_config
 from sfv_world.released.load import load_released, open_checkpoint
 from sfv_world.released.memory import Need, check_memory, codec_needs, stored_numbers
 from sfv_world.released.model import ReleasedFlow
-
-LAYOUT = "starflow"
 
 
 def find_parts(
