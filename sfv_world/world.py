@@ -255,7 +255,8 @@ class World:
         """
         if not isinstance(self.model, WorldModel):
             raise ValueError(
-                f"{self.name}: expected a world of its own weights to abduct noise by, got one on a released model."
+                f"{self.name}: expected a world of its own weights to abduct noise by, got one on a released model. Observe the "
+                "frames instead."
             )
         frames = self._frames(frames, "(B, K", self.frame_shape)
         rows, count = frames.shape[:2]

@@ -1,7 +1,10 @@
 """Training on a frozen released model, by the real command: the adapter learns, the backbone stays, and the world is stepped."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -84,6 +87,22 @@ def test_the_backbone_stays_bit_for_bit_and_the_adapter_learns(config):
     for name, tensor in run.averaged.state_dict().items():
         assert torch.equal(tensor, world.model.state_dict()[name])
     assert world.model.text.abs().sum() > 0
+
+
+def test_two_processes_train_as_one_does(home, tmp_path):
+    shared = dict(
+        data=str(home / "data"), init=str(home / "backbone"), freeze_backbone=True, steps=3, clip=9, batch=4, held_out=0.3,
+        warmup=2, device="cpu",
+    )  # fmt: skip
+    plan, ends = tmp_path / "plan.json", tmp_path / "ends.json"
+    plan.write_text(json.dumps([[n, [{**shared, "out": str(tmp_path / str(n))}]] for n in (1, 2)]))
+    command = [sys.executable, str(Path(__file__).parent / "processes.py"), str(plan), str(ends)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(ends.read_text()) == {"1": ["done"], "2": ["done", "done"]}
+    one, two = (load_tensors(tmp_path / n / "model.safetensors")[0] for n in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_adapter_says_what_the_backbone_says(config):

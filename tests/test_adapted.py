@@ -10,6 +10,7 @@ from tiny import normal
 
 import sfv_world
 from sfv_world import World
+from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.released.adapted import AdaptedConfig, load_adapted
@@ -68,6 +69,16 @@ def test_the_backbone_is_no_part_of_the_models_weights(world):
     names = {name.split(".")[0] for name in world.model.state_dict()}
     assert names == {"text", "controls", "adapter", "heads"}
     assert not any(p.requires_grad for p in (*world.model.flow.parameters(), *world.model.codec.parameters()))
+
+
+def test_tokens_are_those_that_the_released_model_makes_of_latents(world):
+    frames = torch.from_numpy(video(world, 2, 3)[0])
+    codec, flow = world.model.codec, world.model.flow
+    latents = codec.vae.encode(to_pixels(frames))
+    signal = codec.signal(frames)
+    assert torch.equal(codec.encode(signal), flow.tokens(latents)) and codec.log_det == 0
+    assert torch.equal(codec.decode(codec.encode(signal)), signal)
+    assert torch.equal(codec.frames(signal), to_frames(codec.vae.decode(latents)))
 
 
 # Streams -------------------------------------------------------------------------------------------------------------

@@ -148,7 +148,6 @@ class Trainer:
             )
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
-        torch.manual_seed(config.seed)
         self.before: dict[str, int | float] | None = None
         self.model: Any = self._on_released(episodes) if config.freeze_backbone else self._of_own_weights(episodes)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -178,6 +177,7 @@ class Trainer:
         """A control adapter on a released model."""
         config = self.config
         assert config.init is not None, "TrainConfig has seen to it"
+        torch.manual_seed(config.seed)
         model = adapt(
             config.init, config.out, episodes, prompt=config.prompt, noise=config.noise, clip=config.clip,
             device=config.device,
@@ -199,6 +199,7 @@ class Trainer:
         patch = config.patch or (2 if autoencoder else 8)
         noise = config.noise if config.noise is not None else autoencoder.config.noise if autoencoder else 0.05
         self.config = config = replace(config, patch=patch, noise=noise)
+        torch.manual_seed(config.seed)
         shape = model_config(
             PRESETS[config.preset],
             height,
