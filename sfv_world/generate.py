@@ -22,8 +22,8 @@ from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
 from sfv_world.released.config import ReleasedConfig
 from sfv_world.released.load import load_released
-from sfv_world.released.memory import Need, check_memory, codec_needs, stored_numbers
-from sfv_world.released.plan import InfoConfig, plan
+from sfv_world.released.memory import Need, check_memory, stored_numbers
+from sfv_world.released.plan import sampling_needs
 from sfv_world.released.text import PromptCache, format_prompt
 
 VIDEO, IMAGE = (480, 848, 81), (256, 256, 1)
@@ -130,18 +130,9 @@ def prepare(config: GenerateConfig) -> Job:
 
 def needs(config: GenerateConfig, job: Job) -> list[Need]:
     """What drawing the clip holds at once."""
-    rows, columns = job.grid
     latent_frames = min(job.codec.latent_frames(job.frames), job.clip.chunk)
-    size = f"{latent_frames} frames of {rows} x {columns} tokens"
-    work = InfoConfig(
-        size, frames=latent_frames, rows=rows, columns=columns, guided=job.clip.guidance > 0, dtype=config.dtype
-    )
-    memory = plan(job.shape, work).memory
-    flow = [Need(what, 1e9 * gigabytes) for what, gigabytes in memory.items()]
-    if not job.shape.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
-        kept = sum(job.shape.layers_per_block) * memory["activations of a parallel pass, about"]
-        flow.append(Need("activations kept for the score, about", 1e9 * kept))
-    return flow + codec_needs(job.codec, job.height, job.width, getattr(torch, config.dtype).itemsize)
+    guided = job.clip.guidance > 0
+    return sampling_needs(job.shape, job.codec, job.height, job.width, latent_frames, config.dtype, guided)
 
 
 def generate(config: GenerateConfig) -> Clip:

@@ -37,7 +37,7 @@ def make_backbone(folder: Path, time: int = 4, denoiser: bool = True) -> Path:
 
 def make_model(backbone: Path, scale: float = 0.1, action_space: spaces.Space = DISCRETE, **changes) -> AdaptedModel:
     """A model of 16 x 24 frames in chunks of 4; at scale 0 with an adapter as it is before training."""
-    whole = Backbone.load(backbone, HEIGHT, WIDTH, "cpu")
+    whole = Backbone.load(backbone, HEIGHT, WIDTH, "cpu", frames=4)
     known = {"chunk": 4, "context": 2, "control_width": 6, "control_tokens": 2, "noise": 0.5} | changes
     config = AdaptedConfig(str(backbone), fingerprint(backbone), whole.codec.config, **known)
     with torch.random.fork_rng(devices=[]):

@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_told_before_anything_is_loaded(home, config, tmp_p
         record(tmp_path / "odd", DISCRETE, height=20)
     folders = {"data": home / "data", "own": own, "odd": tmp_path / "odd", "no-text": tmp_path / "no-text"}
     change = {name: folders.get(value, value) for name, value in change.items()}
-    monkeypatch.setattr(Backbone, "load", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(Backbone, "load", lambda *arguments, **options: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=expected):
         train(replace(config, **change))
     assert not config.out.exists()

@@ -13,6 +13,7 @@ from sfv_world import World
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.released import backbone, memory
 from sfv_world.released.adapted import AdaptedConfig, load_adapted
 
 
@@ -20,8 +21,8 @@ from sfv_world.released.adapted import AdaptedConfig, load_adapted
 def folder(request, tmp_path_factory):
     """Folder of a world whose step has so many frames; tests must not change it."""
     home = tmp_path_factory.mktemp("adapted")
-    backbone = make_backbone(home, request.param, denoiser=request.param == 4)
-    return make_world(home / "world", make_model(backbone), backbone)
+    released = make_backbone(home, request.param, denoiser=request.param == 4)
+    return make_world(home / "world", make_model(released), released)
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +245,24 @@ def test_mistakes_are_told(folder, world, tmp_path):
             world.reset(frames[:, :4])
 
 
+def test_memory_is_counted_before_loading(folder, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1e4)
+    monkeypatch.setattr(backbone, "load_released", lambda *arguments, **options: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"memory: expected .*keys and values, deep block .*Give a larger device"):
+        sfv_world.load_world(folder)
+
+
 def test_a_world_without_its_backbone_is_told(tmp_path):
-    backbone = make_backbone(tmp_path)
-    folder = make_world(tmp_path / "world", make_model(backbone), backbone)
+    released = make_backbone(tmp_path)
+    folder = make_world(tmp_path / "world", make_model(released), released)
     with pytest.raises(ValueError, match=r"expected a world, got a released model.*--freeze-backbone"):
-        sfv_world.load_world(backbone)
+        sfv_world.load_world(released)
     with pytest.raises(ValueError, match="world: expected one of its own weights"):
         sfv_world.load_world(folder, released=False)
-    backbone.rename(tmp_path / "moved")
+    released.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"backbone: expected the released model .*found no such folder.*config.json"):
         load_adapted(folder)
     (tmp_path / "second").mkdir()
-    make_backbone(tmp_path / "second", denoiser=False).rename(backbone)
+    make_backbone(tmp_path / "second", denoiser=False).rename(released)
     with pytest.raises(ValueError, match=r"backbone: expected the released model and VAE that .* was trained on"):
         load_adapted(folder)

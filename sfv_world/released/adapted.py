@@ -309,6 +309,6 @@ def load_adapted(folder: Path, device: str | torch.device = "cpu") -> tuple[Adap
             f"got others in {backbone}. Name their place in {CONFIG}."
         )
     tensors = fitting(folder / MODEL, lambda: AdaptedModel(config, action_space, outline), device)
-    model = AdaptedModel(config, action_space, Backbone.load(backbone, *size, device)).to(device)
+    model = AdaptedModel(config, action_space, Backbone.load(backbone, *size, device, config.chunk)).to(device)
     model.load_state_dict(tensors)
     return model.eval(), about

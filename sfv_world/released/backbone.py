@@ -4,7 +4,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,8 +13,9 @@ from sfv_world.codec.video import VideoCodec, VideoCodecConfig
 from sfv_world.pretrained import read_config
 from sfv_world.released.config import LAYOUT, ReleasedConfig, find_config
 from sfv_world.released.load import load_released, open_checkpoint
-from sfv_world.released.memory import Need, check_memory, codec_needs, stored_numbers
+from sfv_world.released.memory import check_memory
 from sfv_world.released.model import ReleasedFlow
+from sfv_world.released.plan import sampling_needs
 
 
 def find_parts(
@@ -77,18 +78,18 @@ class Backbone:
             return cls(ReleasedFlow(shape), as_codec(shape, codec, height, width))
 
     @classmethod
-    def load(cls, folder: Path, height: int, width: int, device: str | torch.device) -> "Backbone":
-        """The whole of it, for frames of so many pixels; bfloat16 layers on CUDA, float32 elsewhere.
+    def load(cls, folder: Path, height: int, width: int, device: str | torch.device, frames: int) -> "Backbone":
+        """The whole of it, for chunks of latent frames of so many pixels; bfloat16 layers on CUDA, float32 elsewhere.
 
         Raises:
             ImportError: if `diffusers` is not installed.
             ValueError: if it cannot be read or does not fit into memory.
         """
         device = torch.device(device)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        weights = Need("weights", float(dtype.itemsize * stored_numbers(folder)))
-        codec = codec_needs(find_parts(folder)[1], height, width, dtype.itemsize)
-        check_memory([weights, *codec], device, "Give a larger device.")
+        kept: Literal["bfloat16", "float32"] = "bfloat16" if device.type == "cuda" else "float32"
+        dtype: torch.dtype = getattr(torch, kept)
+        needs = sampling_needs(*find_parts(folder), height, width, frames, kept)
+        check_memory(needs, device, "Give a larger device, or frames of fewer pixels.")
         flow = load_released(folder, device=device, dtype=dtype).requires_grad_(False)
         return cls(flow, as_codec(flow.config, load_codec(folder / "vae", device, dtype), height, width).to(device))
 

@@ -52,6 +52,7 @@ def adapt(
         raise ValueError(f"resume: expected what the run in {out} began with, {before}, got {config}.")
     text = format_prompt(prompt, config.noise, height, width, round(episodes.fps or FPS))
     states = load_text_encoder(encoder, shape.txt_size, device)([text])
-    model = AdaptedModel(config, episodes.action_space, Backbone.load(folder, height, width, device)).to(device)
+    backbone = Backbone.load(folder, height, width, device, frames=1 + (clip - 1) // codec.time)
+    model = AdaptedModel(config, episodes.action_space, backbone).to(device)
     model.text.copy_(states)
     return model
