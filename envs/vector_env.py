@@ -53,7 +53,8 @@ class RowsState:
 class WorldVectorEnv(VectorEnv[Any, Any, Any]):
     """A batch of learned worlds: `gymnasium.make_vec("sfv_world/World-v0", num_envs=32, world=...)`.
 
-    Spaces, rewards, terminations and infos are those of `WorldEnv`, batched as Gymnasium does it.
+    Spaces, rewards, terminations and infos are those of `WorldEnv`, batched as Gymnasium does it. Rows of a world on a released
+    model are computed one after the other, each with its own caches.
 
     Args:
         num_envs: rows.
@@ -100,7 +101,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps, "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = spaces.Box(0, 255, self.world.frame_shape, np.uint8)
+        self.single_observation_space = spaces.Box(0, 255, self.world.observation_shape, np.uint8)
         self.single_action_space = copy.deepcopy(self.world.action_space)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -117,8 +118,9 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
 
         Args:
             seed: of the first row, the others following it; or one for each row.
-            options: "frames", (num_envs, K, H, W, 3) uint8, with "actions", the num_envs x K-1 actions between them; by default,
-                rows begin at start frames that came with the world. "reset_mask", (num_envs,) bool: rows to reset.
+            options: "frames", (num_envs, K, H, W, 3) uint8, K as in `WorldEnv`, with "actions", the num_envs x K-1 actions between
+                them; by default, rows begin at start frames that came with the world. "reset_mask", (num_envs,) bool: rows to
+                reset.
 
         Returns:
             The last observed frames (those of rows that were not reset are the current ones), and an empty info.
@@ -197,11 +199,12 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         return results
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """The current frames in render mode "rgb_array"."""
+        """The current frames, each the last of a step, in render mode "rgb_array"."""
         if self.render_mode is None:
             gym.logger.warn("render_mode: expected 'rgb_array', got None. Give it to gymnasium.make_vec.")
             return None
-        return tuple(Fetch([self._current("render").frames]).wait()[0])
+        frames = self._current("render").frames.reshape(self.num_envs, -1, *self.world.frame_shape)[:, -1]
+        return tuple(Fetch([frames]).wait()[0])
 
     def save_state(self, rows: Any = slice(None)) -> RowsState:
         """Where rows stand, as a value: a copy that later steps do not change."""

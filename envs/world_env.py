@@ -42,13 +42,17 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     """A learned world behind the Gymnasium API: `gymnasium.make("sfv_world/World-v0", world=...)`.
 
     **Observations** are frames, (H, W, 3) uint8. The first one after `reset` is the last observed frame, all others
-    are imagined. **Actions** are those of the environment that the world learned from. The **reward** is the
+    are imagined. A world whose codec compresses time (one on a released model) goes on by T frames a step: its observations are
+    (T, H, W, 3), as `observation_space` says, an action is held for all of them, rewards are their sum, and `max_episode_steps`
+    counts steps. After `reset` they are the last T observed frames, the first one repeated where there are fewer.
+    **Actions** are those of the environment that the world learned from. The **reward** is the
     expected one, given whether the episode ends with the frame. **Termination** is drawn with its predicted
     probability. There is no truncation but that of `max_episode_steps`.
 
     `step` has in its `info`:
 
-    - `log_likelihood`: log p(frame | all before it, actions), in nats, of the noised pixels in [-1, 1] or latents
+    - `log_likelihood`: log p(frame | all before it, actions), in nats, of the noised pixels in [-1, 1] or latents; in a world
+      on a released model, given its prompt and the frames of its chunk (`released.adapted`)
     - `bits_per_dim`: the same in bits per colour value or, in a latent world, per latent, negated
     - `sweeps`: passes of the deep flow that decoding took
     - `certificate`: max|z' - z| between the frame's exact noise and the noise asked for
@@ -96,7 +100,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         self.world, fps = open_world(world, device, dtype, decoding)
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "render_fps": fps}
-        self.observation_space = spaces.Box(0, 255, self.world.frame_shape, np.uint8)
+        self.observation_space = spaces.Box(0, 255, self.world.observation_shape, np.uint8)
         self.action_space = copy.deepcopy(self.world.action_space)
         self._state: WorldState | None = None
         self._terminated = False
@@ -104,14 +108,14 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[UInt8[np.ndarray, "h w 3"], dict[str, Any]]:
+    ) -> tuple[UInt8[np.ndarray, "*time h w 3"], dict[str, Any]]:
         """Begins an episode at observed frames.
 
         Args:
             seed: seeds `np_random`, which decides the episode's randomness and, without options, where it starts.
-            options: "frames", (K, H, W, 3) uint8, and "actions", the K-1 actions between them: an array with the
-                actions in its first dimension, for Dict and Tuple spaces a dict or tuple of such; frames alone if
-                the actions are not known. By default, the
+            options: "frames", (K, H, W, 3) uint8, K being 1 + a multiple of the frames of a step, and "actions", the K-1 actions
+                between them: an array with the actions in its first dimension, for Dict and Tuple spaces a dict or tuple of
+                such; frames alone if the actions are not known. By default, the
                 episode starts at one of the start frames that came with the world.
 
         Returns:
@@ -128,8 +132,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         self._show()
         return self._frame("reset"), {}
 
-    def step(self, action: Any) -> tuple[UInt8[np.ndarray, "h w 3"], float, bool, bool, dict[str, Any]]:
-        """Imagines the next frame.
+    def step(self, action: Any) -> tuple[UInt8[np.ndarray, "*time h w 3"], float, bool, bool, dict[str, Any]]:
+        """Imagines the next frame, or the frames of the next step where it has several.
 
         Raises:
             ResetNeeded: if no episode has begun or it has ended.
@@ -151,11 +155,11 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         return frame, float(reward), self._terminated, False, info
 
     def render(self) -> UInt8[np.ndarray, "h w 3"] | None:
-        """The current frame in render mode "rgb_array"; in "human" it is shown in a window instead."""
+        """The current frame, the last of a step, in render mode "rgb_array"; in "human" it is shown in a window instead."""
         if self.render_mode is None:
             gym.logger.warn("render_mode: expected 'human' or 'rgb_array', got None. Give one to gymnasium.make.")
             return None
-        frame = self._frame("render")
+        frame = self._frame("render").reshape(-1, *self.world.frame_shape)[-1]
         if self.render_mode == "rgb_array":
             return frame
         import cv2
@@ -230,7 +234,7 @@ def open_world(
     dtype: torch.dtype | None,
     decoding: dict[str, Any],
 ) -> tuple[World, float]:
-    """The world an environment steps, decoding as asked for, and its frames a second.
+    """The world an environment steps, decoding as asked for, and its steps a second.
 
     Raises:
         ValueError: if there is no such world, or one that is loaded is on another device or was given a dtype.
@@ -243,7 +247,7 @@ def open_world(
         raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
     own = copy.copy(world)
     own.decoding = replace(world.decoding, **decoding)
-    return own, float(world.about.get("data", {}).get("fps") or 10)
+    return own, float(world.about.get("data", {}).get("fps") or 10) / world.time
 
 
 def check_state_is_of(world: World, state: WorldState, checksum: int) -> None:

@@ -64,7 +64,7 @@ def seconds_a_step(world: World, steps: int, rows: int) -> float:
 
 def calibrate(config: CalibrateConfig) -> dict[int | None, float]:
     """Times every block size, stores the fastest with the world and returns the seconds of a step by size."""
-    world = load_world(config.world, config.device)
+    world = load_world(config.world, config.device, released=False)
     assert world.folder is not None, "a world that was loaded has a folder"
     base, found = world.decoding, {}
     bar = tqdm(block_sizes(world), unit="size")

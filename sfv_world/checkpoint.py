@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import gymnasium as gym
 import torch
 from minari.serialization import deserialize_space, serialize_space
 from pydantic import TypeAdapter, ValidationError
@@ -25,6 +26,23 @@ FORMAT = 2
 CONFIG, MODEL, STARTS = "config.json", "model.safetensors", "starts.safetensors"
 DECODING = "decoding.json"
 CODEC, CODEC_FORMAT = "codec.safetensors", 1
+Config = TypeVar("Config")
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """A model, as far as it is saved."""
+
+    @property
+    def config(self) -> Any:
+        """A dataclass: everything that decides its weights."""
+
+    @property
+    def action_space(self) -> gym.Space[Any]:
+        """Space of the action at each frame."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Its weights."""
 
 
 @contextmanager
@@ -65,11 +83,12 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[s
         ) from error
 
 
-def save_model(folder: Path, model: WorldModel, about: Mapping[str, Any] | None = None) -> None:
+def save_model(folder: Path, model: Saved, about: Mapping[str, Any] | None = None) -> None:
     """Writes a model's weights and configuration; `about` is kept in the configuration for people to read."""
     config = {
         "format": FORMAT,
-        "model": TypeAdapter(ModelConfig).dump_python(model.config, mode="json"),
+        "kind": type(model.config).__name__,
+        "model": TypeAdapter(type(model.config)).dump_python(model.config, mode="json"),
         "action_space": json.loads(serialize_space(model.action_space)),
         "about": dict(about or {}),
     }
@@ -84,13 +103,33 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldM
     Raises:
         ValueError: if the folder holds no world of this format, or its weights do not fit its configuration.
     """
+    config, action_space, about = read_world(folder, ModelConfig)
+    tensors = fitting(folder / MODEL, lambda: WorldModel(config, action_space), device)
+    model = WorldModel(config, action_space).to(device)
+    model.load_state_dict(tensors)
+    return model.eval(), about
+
+
+def read_world(folder: Path, kind: type[Config]) -> tuple[Config, gym.Space[Any], dict[str, Any]]:
+    """The model's configuration in a world's folder, the action space, and what is said about the world.
+
+    Raises:
+        ValueError: if the folder holds no world of this format and kind.
+    """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
+        if isinstance(config, dict) and "layout" in config:
+            raise ValueError(
+                f"{folder}: expected a world, got a released model, which knows of no actions. Train a world on it with "
+                "`sfv-world train --init ... --freeze-backbone`, or make films of it with `sfv-world generate`."
+            )
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             found = config.get("format") if isinstance(config, dict) else type(config).__name__
             raise ValueError(f"{path}: expected a world of format {FORMAT}, got {found!r}. Train or convert it again.")
-        model_config = TypeAdapter(ModelConfig).validate_python(config["model"])
+        if config.get("kind", ModelConfig.__name__) != kind.__name__:
+            raise ValueError(f"{path}: expected a world of kind {kind.__name__}, got {config['kind']!r}.")
+        model_config = TypeAdapter(kind).validate_python(config["model"])
         action_space = deserialize_space(json.dumps(config["action_space"]))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
@@ -98,10 +137,15 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldM
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(f"{path}: expected a world's configuration, got one that cannot be read ({error}).") from error
-    tensors = _fitting(folder / MODEL, lambda: WorldModel(model_config, action_space), device)
-    model = WorldModel(model_config, action_space).to(device)
-    model.load_state_dict(tensors)
-    return model.eval(), config.get("about", {})
+    return model_config, action_space, config.get("about", {})
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of the world in a folder, by the class of its configuration; none if nothing says."""
+    try:
+        return json.loads((folder / CONFIG).read_text()).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads it says what is wrong
 
 
 def save_autoencoder(folder: Path, autoencoder: Autoencoder, about: Mapping[str, Any] | None = None) -> None:
@@ -135,13 +179,13 @@ def load_autoencoder(folder: Path, device: str | torch.device = "cpu") -> tuple[
         raise ValueError(
             f"{path}: expected a codec's configuration, got one that cannot be read ({error}). {remedy}"
         ) from error
-    tensors = _fitting(folder / CODEC, lambda: Autoencoder(shape), device)
+    tensors = fitting(folder / CODEC, lambda: Autoencoder(shape), device)
     autoencoder = Autoencoder(shape).to(device)
     autoencoder.load_state_dict(tensors)
     return autoencoder.eval(), config.get("about", {})
 
 
-def _fitting(path: Path, make: Callable[[], nn.Module], device: str | torch.device) -> dict[str, Tensor]:
+def fitting(path: Path, make: Callable[[], nn.Module], device: str | torch.device) -> dict[str, Tensor]:
     """The tensors of a file, float32, if they are those of the module that `make` makes; else a ValueError."""
     tensors, _ = load_tensors(path, device)
     with torch.device("meta"):

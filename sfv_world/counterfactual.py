@@ -139,7 +139,7 @@ def counterfactual(config: CounterfactualConfig) -> Path:
     From left to right (in the contact sheet from above): the real frames; the same noise and the same actions; the same
     noise and, for some frames (marked by a red line), another action. The branches' frames are noised as the world sees them.
     """
-    world = load_world(config.world, config.device)
+    world = load_world(config.world, config.device, released=False)
     wanted = None if config.action is None else parse_action(world.action_space, config.action)
     held_out = split_as_trained(world, config.data)[1]
     clips = long_clips(held_out, config.rows, config.context + config.frames, config.seed)

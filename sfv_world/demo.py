@@ -44,7 +44,7 @@ def demo(config: DemoConfig) -> Path:
 
     Each pair of strips is an imagined episode above the real one, under the same actions.
     """
-    world = load_world(config.world, config.device)
+    world = load_world(config.world, config.device, released=False)
     denoise = "lookahead" if world.model.denoiser else "none"
     env = gym.make("sfv_world/World-v0", world=world, denoise=denoise)
     recipe = world.about["data"]["recipe"]

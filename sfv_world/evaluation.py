@@ -56,7 +56,7 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a world, prints and writes what was found, and returns it."""
-    world = load_world(config.world, config.device)
+    world = load_world(config.world, config.device, released=False)
     train, held_out = split_as_trained(world, config.data)
     results = {
         "density": density(world, train, held_out, config.frames, config.seed),

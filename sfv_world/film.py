@@ -24,7 +24,7 @@ class Continuation(NamedTuple):
     imagined: UInt8[np.ndarray, "b n h w 3"]
     """The frames after the context."""
     outputs: list[WorldOutput]
-    """What the world said of each of them."""
+    """What the world said of each step of them."""
 
 
 def long_clips(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Clips:
@@ -39,16 +39,17 @@ def long_clips(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Cli
 
 
 def imagine(world: World, clips: Clips, context: int, seed: int = 0) -> Continuation:
-    """Resets to the first `context` frames of clips and imagines the others under their actions."""
+    """Resets to the first `context` frames of clips and imagines the others, whole steps of them, under their actions."""
     rows, frames = clips.valid.shape
     past = take(clips.actions, np.s_[:, : context - 1])
     state = world.reset(clips.frames[:, :context], past, seeds=seed * 100_003 + np.arange(rows))
     outputs = []
-    for frame in range(context, frames):
-        state, output = world.step(state, take(clips.actions, np.s_[:, frame - 1]))
+    for frame in range(context, frames, world.time):
+        actions = take(clips.actions, np.s_[:, frame - 1 : frame - 1 + world.time])
+        state, output = world.step(state, actions, held=False)
         outputs.append(output)
-    imagined = np.stack([output.frames.cpu().numpy() for output in outputs], axis=1)
-    return Continuation(clips, imagined, outputs)
+    imagined = [output.frames.reshape(rows, -1, *world.frame_shape).cpu().numpy() for output in outputs]
+    return Continuation(clips, np.concatenate(imagined, axis=1), outputs)
 
 
 def as_shown(world: World, frames: UInt8[np.ndarray, "n h w 3"], seed: int) -> UInt8[np.ndarray, "n h w 3"]:

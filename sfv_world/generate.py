@@ -16,14 +16,14 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from sfv_world.codec.vae import ImageCodec, WanCodec, find_codec, load_codec, to_pixels
+from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
-from sfv_world.pretrained import read_config
+from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
-from sfv_world.released.config import ReleasedConfig, find_config
+from sfv_world.released.config import ReleasedConfig
 from sfv_world.released.load import load_released
-from sfv_world.released.memory import Need, check_memory, codec_needs, stored_numbers
-from sfv_world.released.plan import InfoConfig, plan
+from sfv_world.released.memory import Need, check_memory, stored_numbers
+from sfv_world.released.plan import sampling_needs
 from sfv_world.released.text import PromptCache, format_prompt
 
 VIDEO, IMAGE = (480, 848, 81), (256, 256, 1)
@@ -102,12 +102,7 @@ def prepare(config: GenerateConfig) -> Job:
         ImportError: if `diffusers` is not installed.
         ValueError: if something is missing or does not fit.
     """
-    if read_config(config.world, "a converted model").get("layout") != "starflow":
-        raise ValueError(
-            f"world: expected a folder made by `sfv-world convert`, got {config.world}, which holds another kind of world. "
-            "Worlds that were trained here are shown by `sfv-world demo`."
-        )
-    shape, codec = find_config(config.world), find_codec(config.vae or config.world / "vae")
+    shape, codec = find_parts(config.world, config.vae)
     is_video = shape.shallow_block_local
     height, width, frames = VIDEO if is_video else IMAGE
     height, width, frames = config.height or height, config.width or width, config.frames or frames
@@ -124,16 +119,10 @@ def prepare(config: GenerateConfig) -> Job:
         raise ValueError(
             f"frames, image: expected one frame and no image to begin with of a model of images, got {what}."
         )
-    if codec.channels != shape.in_channels:
-        raise ValueError(
-            f"vae: expected latents of {shape.in_channels} channels, got a VAE of {codec.channels}. Give the model's."
-        )
     side = codec.space * shape.patch_size
     if height % side or width % side:
         raise ValueError(f"height, width: expected multiples of {side} pixels, got {height} x {width}.")
-    states = read_config(config.text_encoder or config.world / "text_encoder", "a T5 encoder").get("d_model")
-    if states != shape.txt_dim:
-        raise ValueError(f"text_encoder: expected states of {shape.txt_dim} channels, got {states}. Give the model's.")
+    check_text_encoder(config.text_encoder or config.world / "text_encoder", shape)
     # Without a caption both prompts are the same, and guidance does nothing but cost.
     clip = config.clip if config.prompt else replace(config.clip, guidance=0.0)
     return Job(shape, codec, height, width, frames, replace(clip, noise=clip.noise or shape.noise))
@@ -141,18 +130,9 @@ def prepare(config: GenerateConfig) -> Job:
 
 def needs(config: GenerateConfig, job: Job) -> list[Need]:
     """What drawing the clip holds at once."""
-    rows, columns = job.grid
     latent_frames = min(job.codec.latent_frames(job.frames), job.clip.chunk)
-    size = f"{latent_frames} frames of {rows} x {columns} tokens"
-    work = InfoConfig(
-        size, frames=latent_frames, rows=rows, columns=columns, guided=job.clip.guidance > 0, dtype=config.dtype
-    )
-    memory = plan(job.shape, work).memory
-    flow = [Need(what, 1e9 * gigabytes) for what, gigabytes in memory.items()]
-    if not job.shape.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
-        kept = sum(job.shape.layers_per_block) * memory["activations of a parallel pass, about"]
-        flow.append(Need("activations kept for the score, about", 1e9 * kept))
-    return flow + codec_needs(job.codec, job.height, job.width, getattr(torch, config.dtype).itemsize)
+    guided = job.clip.guidance > 0
+    return sampling_needs(job.shape, job.codec, job.height, job.width, latent_frames, config.dtype, guided)
 
 
 def generate(config: GenerateConfig) -> Clip:

@@ -46,7 +46,7 @@ EXAMPLES = 1500
 
 def horizon(config: HorizonConfig) -> dict[str, Any]:
     """Imagines, prints and writes what was found, and returns it."""
-    world = load_world(config.world, config.device)
+    world = load_world(config.world, config.device, released=False)
     world.decoding = replace(world.decoding, temperature=config.temperature)
     if config.project and world.model.denoiser is None:
         raise ValueError(

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Told = Callable[[Tensor], Tensor]
+"""What a control adapter that is no part of a layer adds to its attention, by its queries (n h l d)."""
 
 
 def at_least_float32(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -111,13 +113,15 @@ class Attention(nn.Module):
         x: Float[Tensor, "n l d"],
         turn: Float[Tensor, "#n 1 l two p"],
         attend: Attend,
-        controls: Float[Tensor, "n k c"] | None,
+        controls: Float[Tensor, "n k c"] | Told | None,
     ) -> Float[Tensor, "n l d"]:
         qkv = self.qkv(self.norm(x))
         qkv = rearrange(qkv, "n l (three h d) -> three n h l d", three=3, d=self.head_dim)
         (turned_q, k), (q, _, v) = rotate(qkv[:2], turn), qkv
         out = rearrange(attend(turned_q, k, v), "n h l d -> n l (h d)")
-        if self.controls is not None and controls is not None:
+        if callable(controls):
+            out = out + controls(q)
+        elif self.controls is not None and controls is not None:
             out = out + self.controls(q, controls)
         return self.proj(out)
 
@@ -147,7 +151,7 @@ class Layer(nn.Module):
         x: Float[Tensor, "n l d"],
         turn: Float[Tensor, "#n 1 l two p"],
         attend: Attend,
-        controls: Float[Tensor, "n k c"] | None = None,
+        controls: Float[Tensor, "n k c"] | Told | None = None,
     ) -> Float[Tensor, "n l d"]:
         x = x + self.attention(x, turn, attend, controls)
         return x + self.mlp(x)

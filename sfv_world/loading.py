@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from sfv_world.checkpoint import DECODING, STARTS, load_model, load_tensors, save_tensors
+from sfv_world.checkpoint import DECODING, STARTS, kind_of, load_model, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.model import WorldModel
+from sfv_world.released.adapted import AdaptedConfig, AdaptedModel, load_adapted
 from sfv_world.world import World
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -20,15 +22,19 @@ def load_world(
     device: str | torch.device = "cpu",
     decoding: DecodingConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    released: bool = True,
 ) -> World:
     """Loads a world: the name of a shipped one, or a folder.
 
     Args:
         name: of the world.
         device: where to compute it.
-        decoding: how; none: as it was calibrated for this kind of device, or the defaults.
+        decoding: how; none: as it was calibrated for this kind of device, or the defaults of its kind.
         dtype: what the Transformers' layers compute in, float32 or bfloat16. All else stays in float32: noise, means and scales,
-            log-likelihoods, which are those of the frames returned under the model so computed.
+            log-likelihoods, which are those of the frames returned under the model so computed. A world on a released model
+            computes its backbone in bfloat16 on CUDA, in float32 elsewhere.
+        released: whether it may be one on a released model.
 
     Raises:
         ValueError: if there is none, its files are damaged or do not fit each other, or the dtype is another.
@@ -41,8 +47,16 @@ def load_world(
         raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
-    model, about = load_model(folder, device)
-    model.compute_in(dtype)
+    model: WorldModel | AdaptedModel
+    if kind_of(folder) == AdaptedConfig.__name__:
+        if not released:
+            raise ValueError(
+                f"world: expected one of its own weights, got {folder}, one on a released model. Step it (`gymnasium.make`)."
+            )
+        model, about = load_adapted(folder, device)
+    else:
+        model, about = load_model(folder, device)
+        model.compute_in(dtype)
     world = World(model, decoding or calibrated(folder, device), None, about, folder.resolve())
     if (folder / STARTS).exists():
         world.starts, _ = load_tensors(folder / STARTS)

@@ -18,7 +18,16 @@ from sfv_world.codec.pixels import PixelCodec, PixelCodecConfig
 from sfv_world.codec.tokens import Codec
 from sfv_world.control.encoder import ControlEncoder
 from sfv_world.control.spaces import action_size
-from sfv_world.denoiser import Denoiser
+from sfv_world.decoding.frames import (
+    FrameReport,
+    StreamState,
+    check_decoding,
+    imagine_frame,
+    read_frame,
+    read_video,
+)
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.denoiser import Denoiser, Seen
 from sfv_world.flow.model import DeepKind, Encoding, FlowConfig, VideoFlow
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.heads import Outcome, OutcomeHeads
@@ -67,6 +76,9 @@ class Reading(NamedTuple):
 
 class WorldModel(nn.Module):
     """All weights of a world."""
+
+    decoding = DecodingConfig()
+    """How such a world is decoded if nothing else is said."""
 
     def __init__(self, config: ModelConfig, action_space: gym.Space[Any]):
         super().__init__()
@@ -131,6 +143,66 @@ class WorldModel(nn.Module):
         draft_error = self.flow.draft_error(encoding, controls) if drafted else None
         outcome = self.heads(encoding.features.detach() if heads_apart else encoding.features)
         return Reading(encoding, log_likelihood, outcome, draft_error)
+
+    # The same frame by frame, what `World` does with a model. A stream is used up.
+
+    def read_video(
+        self,
+        frames: UInt8[Tensor, "b t height width 3"],
+        uniform: Float[Tensor, "b t height width 3"],
+        normal: Float[Tensor, "b t h w k"],
+        controls: Float[Tensor, "b t n d"],
+        clock: int | None = None,
+        *,
+        report: bool = True,
+    ) -> tuple[StreamState, FrameReport | None]:
+        """Reads videos that begin here; see `noised_tokens` and `decoding.frames.read_video`."""
+        return read_video(self.flow, self.noised_tokens(frames, uniform, normal), controls, clock, report=report)
+
+    def read_frame(
+        self,
+        stream: StreamState,
+        frames: UInt8[Tensor, "b 1 height width 3"],
+        uniform: Float[Tensor, "b 1 height width 3"],
+        normal: Float[Tensor, "b 1 h w k"],
+        controls: Float[Tensor, "b n d"],
+    ) -> FrameReport:
+        """Reads the next frame."""
+        return read_frame(self.flow, stream, self.noised_tokens(frames, uniform, normal)[:, 0], controls)
+
+    def imagine_frame(
+        self,
+        stream: StreamState,
+        noise: Float[Tensor, "b l c"],
+        controls: Float[Tensor, "b n d"],
+        decoding: DecodingConfig,
+        unguided: Float[Tensor, "b n d"] | None = None,
+    ) -> FrameReport:
+        """Decodes the next frame from its noise."""
+        return imagine_frame(self.flow, stream, noise, controls, decoding, unguided)
+
+    def show(
+        self, stream: StreamState, features: Float[Tensor, "b l w"], clean: bool
+    ) -> UInt8[Tensor, "b height width 3"]:
+        """The frame that was decoded last, with its noise or without."""
+        tokens = self.cleaned(Seen(stream.tokens, features)) if clean else stream.tokens
+        return self.codec.frames(self.codec.decode(tokens))
+
+    def cleaned(
+        self, frame: Seen, following: Seen | None = None, shown: Bool[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b l c"]:
+        """Clean tokens, by Tweedie's formula; `shown`: rows whose next frame may be seen."""
+        assert self.denoiser is not None, "check_decoding has seen to it"
+        return frame.tokens + self.token_noise * self.denoiser(frame, following, shown)
+
+    def check_decoding(self, config: DecodingConfig, name: str) -> None:
+        """Raises a ValueError if this model, of the world `name`, has not what is asked for."""
+        check_decoding(self.flow, config)
+        if config.denoise != "none" and self.denoiser is None:
+            raise ValueError(
+                f"denoise: expected 'none' for {name}, a world without a denoiser, got {config.denoise!r}. "
+                "Train one along (`sfv-world train`)."
+            )
 
 
 def model_config(

@@ -13,15 +13,16 @@ from sfv_world.decoding.frames import StreamState
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
+from sfv_world.released.stream import ReleasedStream
 from sfv_world.transfer import to_device
 
 
 class WorldOutput(NamedTuple):
     """What a world says of its next frame, by row."""
 
-    frames: UInt8[Tensor, "b h w 3"]
-    """The frame: when imagined, noised as the model sees it (latent worlds: as the decoder shows that), or clean if denoising
-    was asked for; when observed, as given."""
+    frames: UInt8[Tensor, "b *time h w 3"]
+    """The frame (or frames of a step): when imagined, noised as the model sees it (latent worlds: as the decoder shows that), or
+    clean if denoising was asked for; when observed, as given."""
     log_likelihood: Float[Tensor, "b"]
     """log p(noised frame | all before it, actions), in nats, of pixels in [-1, 1]; in a latent world, of the noised latents."""
     bits_per_dim: Float[Tensor, "b"]
@@ -81,10 +82,10 @@ class Held(NamedTuple):
 class WorldState:
     """Where imagined rows stand. `step` and `observe` use a state up: index it (`state[rows]`) to keep a copy."""
 
-    stream: StreamState
-    """The flow's memory of the past."""
-    frames: UInt8[Tensor, "b h w 3"]
-    """The last frame that was shown, as `WorldOutput.frames` has it."""
+    stream: Any
+    """The flow's memory of the past: a `StreamState` or, on a released model, a `ReleasedStream`."""
+    frames: UInt8[Tensor, "b *time h w 3"]
+    """The last frame (or frames of a step) that was shown, as `WorldOutput.frames` has it."""
     seeds: Int[np.ndarray, "b"]
     """Seed of every row."""
     ages: Int[np.ndarray, "b"]
@@ -107,7 +108,16 @@ class WorldState:
         return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index], held)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state but its clock, by name."""
+        """All of the state but its clock, by name.
+
+        Raises:
+            ValueError: if it is one of a world on a released model.
+        """
+        if isinstance(self.stream, ReleasedStream):
+            raise ValueError(
+                "state: expected one of a world of its own weights, got one on a released model, which is kept in memory only. "
+                "Keep the frames and actions, and reset to them."
+            )
         cache = self.stream.cache
         tensors = {"keys": cache.keys, "values": cache.values, "visible": cache.visible, "frames": self.frames}
         tensors["tokens"] = self.stream.tokens
@@ -134,7 +144,7 @@ class WorldState:
     @property
     def clock(self) -> int:
         """Number of the next frame in the ring's time, which all rows share."""
-        return self.stream.cache.clock
+        return self.stream.clock
 
     def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
         """Replaces the given rows by those of `other`, a state of the same world and clock, in place."""

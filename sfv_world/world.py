@@ -17,14 +17,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sfv_world.checkpoint import STARTS, load_tensors, save_tensors
-from sfv_world.control.spaces import flatten_actions
-from sfv_world.decoding.frames import FrameReport, StreamState, check_decoding, imagine_frame, read_frame, read_video
+from sfv_world.control.spaces import action_size, flatten_actions
+from sfv_world.decoding.frames import FrameReport, StreamState, read_frame
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.denoiser import Seen
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import BandFlow
 from sfv_world.graphs import Recorder
 from sfv_world.model import WorldModel
+from sfv_world.released.adapted import AdaptedModel
 from sfv_world.state import Held, WorldOutput, WorldState
 from sfv_world.transfer import to_device
 
@@ -58,13 +59,14 @@ class World:
 
     def __init__(
         self,
-        model: WorldModel,
+        model: WorldModel | AdaptedModel,
         decoding: DecodingConfig | None = None,
         starts: dict[str, Tensor] | None = None,
         about: dict[str, Any] | None = None,
         folder: Path | None = None,
     ):
-        self.model, self.decoding = model.eval(), decoding or DecodingConfig()
+        self.model: Any = model.eval()
+        self.decoding = decoding or model.decoding
         self.starts, self.about, self.folder = starts, about or {}, folder
         self._recorder: Recorder | None = None
 
@@ -82,6 +84,16 @@ class World:
     def frame_shape(self) -> tuple[int, int, int]:
         """Height, width and 3."""
         return self.model.config.codec.height, self.model.config.codec.width, 3
+
+    @property
+    def time(self) -> int:
+        """Frames of a step: 1, or in a world whose codec compresses time, as many as it takes for one latent frame."""
+        return self.model.codec.time
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """That of a frame, or, where a step has several, of all of them: (time, height, width, 3)."""
+        return self.frame_shape if self.time == 1 else (self.time, *self.frame_shape)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +117,7 @@ class World:
         Raises:
             ValueError: if the shallow flow does not go in bands: sweeps over fewer and fewer tokens do not pay for compiling.
         """
-        shallow, denoiser = self.model.flow.shallow, self.model.denoiser
+        shallow, denoiser = getattr(self.model.flow, "shallow", None), self.model.denoiser
         if not isinstance(shallow, BandFlow):
             raise ValueError(
                 f"compiled: expected a world whose shallow flow goes in bands, got {self.name}, whose does not."
@@ -124,8 +136,8 @@ class World:
         Raises:
             ValueError: if the world is on no CUDA device, or a frame takes sweeps, as many as it needs.
         """
-        flow = self.model.flow
-        if flow.config.kind != "frame-parallel" or not isinstance(flow.shallow, BandFlow):
+        shallow = getattr(self.model.flow, "shallow", None)
+        if not isinstance(shallow, BandFlow) or self.model.flow.config.kind != "frame-parallel":
             raise ValueError(
                 "recorded: expected a frame-parallel world whose shallow flow goes in bands, got "
                 f"{self.name}, whose frames take sweeps."
@@ -162,7 +174,7 @@ class World:
         """Reads K observed frames of every row.
 
         Args:
-            frames: (B, K, H, W, 3) uint8, array or tensor.
+            frames: (B, K, H, W, 3) uint8, array or tensor; K is 1 + a multiple of `time`.
             actions: the B x K-1 actions between them; unknown if not given.
             seeds: an integer per row; 0, 1, 2, ... if not given.
             clock: that of a state which the rows shall join (see `WorldState.put`).
@@ -172,7 +184,7 @@ class World:
         Raises:
             ValueError: if shapes, types or values are not what the world expects.
         """
-        frames = self._frames(frames, 5)
+        frames = self._frames(frames, "(B, K", self.frame_shape)
         if noised and not self.model.codec.shows_noise:
             raise ValueError(
                 f"noised: expected False, as {self.name} is a world of latents, whose decoder takes the noise out of the frames "
@@ -191,13 +203,15 @@ class World:
         count = len(self.starts["frames"])
         chosen = torch.tensor([int(np.random.default_rng([int(seed), 1]).integers(count)) for seed in seeds])
         frames = to_device(self.starts["frames"][chosen], self.device)
-        vectors = to_device(self.starts["actions"][chosen], self.device)
-        known = torch.arange(frames.shape[1], device=self.device) > 0
+        vectors = to_device(self.model.codec.by_step(self.starts["actions"][chosen]).flatten(2), self.device)
+        known = torch.arange(vectors.shape[1], device=self.device) > 0
         return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds, clock)
 
     @torch.no_grad()
-    def step(self, state: WorldState, actions: Any, noise: Any = None) -> tuple[WorldState, WorldOutput]:
-        """Imagines the next frame of every row.
+    def step(
+        self, state: WorldState, actions: Any, noise: Any = None, *, held: bool = True
+    ) -> tuple[WorldState, WorldOutput]:
+        """Imagines the next frame of every row, or the frames of the next step where it has several.
 
         With `decoding.denoise` "lookahead", all that is returned tells of the frame before it; the first step tells of the last
         observed frame, and after a frame that ended the episode one more step is needed to be told of it.
@@ -206,12 +220,13 @@ class World:
             state: where the rows stand; used up.
             actions: an action per row; None where the model shall not know of one.
             noise: (B, L, C) float32 to decode as it is, whatever the temperature; the rows' own draw if not given.
+            held: whether each action is held for all frames of the step; else they are B x `time`, one for each frame.
 
         Raises:
             ValueError: if the state was used up, the actions are not of the space or the noise is not of the world.
         """
         self.check_state(state)
-        vectors, known = self._actions(state, actions)
+        vectors, known = self._actions(state, actions, held)
         z = self._drawn_noise(state) if noise is None else self._given_noise(noise, len(state))
         draws = self._draws(state.seeds, state.ages)
         state.spent, before = True, state.stream.tokens
@@ -219,19 +234,27 @@ class World:
         return self._next(state, imagine(state.stream, z, draws, vectors, known), before)
 
     @torch.no_grad()
-    def observe(self, state: WorldState, actions: Any, frames: Any) -> tuple[WorldState, WorldOutput]:
+    def observe(
+        self, state: WorldState, actions: Any, frames: Any, *, held: bool = True
+    ) -> tuple[WorldState, WorldOutput]:
         """Reads the next frame of every row, which is given, (B, H, W, 3) uint8; otherwise as `step`.
 
-        With look-ahead, what is returned tells of the frame before, here too.
+        With look-ahead, what is returned tells of the frame before, here too. Where a step has several frames, they are
+        (B, time, H, W, 3).
+
+        Raises:
+            ValueError: as `step`, or if frames are not as the world expects, or its codec looks back in time and frames of a row
+                were imagined.
         """
         self.check_state(state)
-        controls = self.model.controls(*self._actions(state, actions))
-        frames = self._frames(frames, 4)
+        controls = self.model.controls(*self._actions(state, actions, held))
+        frames = self._frames(frames, "(B", self.observation_shape)
         if len(frames) != len(state):
             raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
-        tokens = self._noised(frames[:, None], state.seeds, state.ages)[:, 0]
-        state.spent, before = True, state.stream.tokens
-        report = read_frame(self.model.flow, state.stream, tokens, controls)
+        video = frames[:, None] if self.time == 1 else frames
+        noise, before = self._noise(state.seeds, state.ages, 1), state.stream.tokens
+        report = self.model.read_frame(state.stream, video, *noise, controls)
+        state.spent = True
         output = self._output(self._draws(state.seeds, state.ages), report, frames)
         return self._next(state, Held(output, report.features, torch.zeros_like(output.terminated)), before)
 
@@ -252,7 +275,12 @@ class World:
         Raises:
             ValueError: if shapes, types or values are not what the world expects, or nothing is left after the context.
         """
-        frames = self._frames(frames, 5)
+        if not isinstance(self.model, WorldModel):
+            raise ValueError(
+                f"{self.name}: expected a world of its own weights to abduct noise by, got one on a released model. Observe the "
+                "frames instead."
+            )
+        frames = self._frames(frames, "(B, K", self.frame_shape)
         rows, count = frames.shape[:2]
         if not 1 <= context < count:
             raise ValueError(
@@ -274,7 +302,7 @@ class World:
     def at_clock(self, state: WorldState, clock: int) -> WorldState:
         """A copy of a state that can join rows at another clock: bit for bit if it is its own, else to float32 rounding."""
         copy = state[:]
-        if clock != state.clock:
+        if clock != state.clock:  # rows on a released model have no common one
             copy.stream.cache = self.model.flow.deep.at_clock(copy.stream.cache, clock)
         return copy
 
@@ -283,11 +311,14 @@ class World:
         """Scores whole videos in one parallel pass: what `reset` and `observe` would say, frame by frame.
 
         Args:
-            frames: (B, T, H, W, 3) uint8.
+            frames: (B, T, H, W, 3) uint8; T is 1 + a multiple of `time`.
             actions: the B x T-1 actions between them; unknown if not given.
             seeds: an integer per row; they decide the noise.
+
+        Returns:
+            What is said of every step: of the first frame, then of every `time` frames.
         """
-        frames = self._frames(frames, 5)
+        frames = self._frames(frames, "(B, K", self.frame_shape)
         rows, count = frames.shape[:2]
         vectors, known = self._past_actions(actions, rows, count)
         tokens = self._noised(frames, self._seeds(seeds, rows), np.zeros(rows, np.int64))
@@ -309,10 +340,13 @@ class World:
         noised: bool = False,
     ) -> WorldState:
         self._check_decoding()
-        tokens = self._noised(frames, seeds, np.zeros(len(seeds), np.int64), 0.0 if noised else 1.0)
+        rows, steps = vectors.shape[:2]
+        noise = self._noise(seeds, np.zeros(rows, np.int64), steps, 0.0 if noised else 1.0)
         ahead = self.decoding.denoise == "lookahead"
-        stream, report = read_video(self.model.flow, tokens, self.model.controls(vectors, known), clock, report=ahead)
-        state = WorldState(stream, frames[:, -1], seeds, np.full(len(seeds), frames.shape[1]))
+        controls = self.model.controls(vectors, known)
+        stream, report = self.model.read_video(frames, *noise, controls, clock, report=ahead)
+        last = frames[:, -1] if self.time == 1 else frames[:, (np.arange(-self.time, 0) + len(frames[0])).clip(0)]
+        state = WorldState(stream, last, seeds, np.full(rows, steps))
         if ahead:
             # The first step tells of the last observed frame, which earned nothing.
             assert report is not None, "it was asked for"
@@ -326,11 +360,9 @@ class World:
         """The next frame, made of its noise `z` and `draws`; advances `stream`, and asks the device for nothing."""
         controls, guided = self.model.controls(vectors, known), self.decoding.guidance > 0
         unguided = self.model.controls(vectors, torch.zeros_like(known)) if guided else None
-        report = imagine_frame(self.model.flow, stream, z, controls, self.decoding, unguided)
-        tokens = stream.tokens
-        if self.decoding.denoise == "causal":
-            tokens = self._clean(Seen(tokens, report.features))
-        output = self._output(draws, report, self._shown(tokens), guided)
+        report = self.model.imagine_frame(stream, z, controls, self.decoding, unguided)
+        frames = self.model.show(stream, report.features, self.decoding.denoise == "causal")
+        output = self._output(draws, report, frames, guided)
         return Held(output, report.features, torch.ones_like(output.terminated))
 
     def _imagine_recorded(self, stream: StreamState, *given: Tensor) -> Held:
@@ -385,15 +417,10 @@ class World:
         if state.held is not None:
             output, held = state.held.output, newest
             following = Seen(state.stream.tokens, newest.features)
-            clean = self._shown(self._clean(Seen(before, state.held.features), following, ~output.terminated))
+            clean = self._shown(self.model.cleaned(Seen(before, state.held.features), following, ~output.terminated))
             frames = torch.where(state.held.imagined[:, None, None, None], clean, output.frames)
             output = output._replace(frames=frames, frames_behind=torch.ones_like(output.frames_behind))
         return WorldState(state.stream, output.frames, state.seeds, state.ages + 1, held), output
-
-    def _clean(self, frame: Seen, following: Seen | None = None, shown: Tensor | None = None) -> Tensor:
-        """Clean tokens, by Tweedie's formula; nothing follows the last frame of an episode."""
-        assert self.model.denoiser is not None, "_check_decoding has seen to it"
-        return frame.tokens + self.model.token_noise * self.model.denoiser(frame, following, shown)
 
     def _shown(self, tokens: Tensor) -> Tensor:
         return self.model.codec.frames(self.model.codec.decode(tokens))
@@ -410,25 +437,19 @@ class World:
             )
 
     def _check_decoding(self) -> None:
-        check_decoding(self.model.flow, self.decoding)
-        if self.decoding.denoise != "none" and self.model.denoiser is None:
-            raise ValueError(
-                f"denoise: expected 'none' for {self.name}, a world without a denoiser, got {self.decoding.denoise!r}. "
-                "Train one along (`sfv-world train`)."
-            )
+        self.model.check_decoding(self.decoding, self.name)
 
     def _bits(self, log_likelihood: Tensor) -> Tensor:
         return -log_likelihood / (math.log(2) * self.model.config.dimensions)
 
     def _drawn_noise(self, state: WorldState) -> Tensor:
-        shape = (self.model.config.flow.tokens, self.model.config.flow.channels)
         rows = zip(state.seeds, state.ages, strict=True)
-        noise = [_generator(seed, age, 0).standard_normal(shape, dtype=np.float32) for seed, age in rows]
+        noise = [_generator(seed, age, 0).standard_normal(self._token_shape, dtype=np.float32) for seed, age in rows]
         return self.decoding.temperature * to_device(np.stack(noise), self.device)
 
     def _given_noise(self, noise: Any, rows: int) -> Tensor:
         copy = noise.detach().clone() if isinstance(noise, Tensor) else np.array(noise)
-        shape = (rows, self.model.config.flow.tokens, self.model.config.flow.channels)
+        shape = (rows, *self._token_shape)
         remedy = "Give what abduct or WorldOutput.noise says of this world, frame by frame."
         if copy.dtype not in (torch.float32, np.dtype(np.float32)):
             raise ValueError(f"noise: expected {shape} float32, got {copy.dtype}. {remedy}")
@@ -441,38 +462,49 @@ class World:
 
     def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray, scale: float = 1.0) -> Tensor:
         """Tokens of frames (b, t, h, w, 3) with `scale` times the noise, the first of each row having the number `ages`."""
-        shape = (*frames.shape[:2], *self.model.config.codec.signal)
-        uniform, normal = np.empty(frames.shape, np.float32), np.empty(shape, np.float32)
-        for row, frame in np.ndindex(*frames.shape[:2]):
-            rng = _generator(seeds[row], ages[row] + frame, 0)
-            rng.standard_normal(dtype=np.float32, out=normal[row, frame])
-            rng.random(dtype=np.float32, out=uniform[row, frame])
-        arrays = (to_device(array, self.device) for array in (uniform, scale * normal))
-        return self.model.noised_tokens(frames, *arrays)
+        return self.model.noised_tokens(frames, *self._noise(seeds, ages, self._steps(frames), scale))
 
-    def _actions(self, state: WorldState, actions: Any) -> tuple[Tensor, Tensor]:
+    def _noise(self, seeds: np.ndarray, ages: np.ndarray, steps: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(uniform, normal) of so many frames (or steps) of rows, the first of each having the number `ages`."""
+        codec = self.model.config.codec
+        uniform = np.empty((len(seeds), steps, *self.frame_shape), np.float32)
+        normal = np.empty((len(seeds), steps, *codec.signal), np.float32)
+        for row, step in np.ndindex(len(seeds), steps):
+            rng = _generator(seeds[row], ages[row] + step, 0)
+            rng.standard_normal(dtype=np.float32, out=normal[row, step])
+            rng.random(dtype=np.float32, out=uniform[row, step])
+        return to_device(uniform, self.device), to_device(scale * normal, self.device)
+
+    def _steps(self, frames: Tensor) -> int:
+        return self.model.codec.steps(frames.shape[1])
+
+    def _actions(self, state: WorldState, actions: Any, held: bool = True) -> tuple[Tensor, Tensor]:
         """Vectors of the rows' actions, and whether they are known."""
         state.check()
         rows = len(state)
         if actions is None:
-            vectors = np.zeros((rows, self._action_size), np.float32)
+            vectors = np.zeros((rows, self.time * action_size(self.action_space)), np.float32)
+        elif held:
+            vectors = np.tile(flatten_actions(self.action_space, actions, (rows,)), self.time)
         else:
-            vectors = flatten_actions(self.action_space, actions, (rows,))
+            vectors = flatten_actions(self.action_space, actions, (rows, self.time)).reshape(rows, -1)
         known = torch.full((rows,), actions is not None, device=self.device)
         return to_device(vectors, self.device), known
 
     def _past_actions(self, actions: Any, rows: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Vectors (rows, frames, n) of what led to each frame, and whether that is known."""
-        vectors = np.zeros((rows, frames, self._action_size), np.float32)
-        known = np.zeros((rows, frames), bool)
+        """Vectors (rows, steps, n) of what led to each frame (or to the frames of each step), and whether that is known."""
+        known = np.zeros((rows, self.model.codec.steps(frames)), bool)
+        vectors = np.zeros((rows, frames, action_size(self.action_space)), np.float32)
         if actions is not None:
             vectors[:, 1:] = flatten_actions(self.action_space, actions, (rows, frames - 1))
             known[:, 1:] = True
-        return to_device(vectors, self.device), to_device(known, self.device)
+        by_step = self.model.codec.by_step(torch.from_numpy(vectors)).flatten(2)
+        return to_device(by_step, self.device), to_device(known, self.device)
 
     @property
-    def _action_size(self) -> int:
-        return self.model.controls.action_size
+    def _token_shape(self) -> tuple[int, int]:
+        codec = self.model.config.codec
+        return math.prod(codec.grid), codec.channels
 
     def _seeds(self, seeds: Any, rows: int) -> np.ndarray:
         array = np.arange(rows) if seeds is None else np.atleast_1d(np.asarray(seeds))
@@ -480,13 +512,13 @@ class World:
             raise ValueError(f"seeds: expected {rows} integers from 0 to 2**63 - 1, one per row, got {seeds!r}.")
         return array.astype(np.int64)
 
-    def _frames(self, frames: Any, dimensions: int) -> Tensor:
+    def _frames(self, frames: Any, lead: str, shape: tuple[int, ...]) -> Tensor:
         copy = frames.clone() if isinstance(frames, Tensor) else np.array(frames)
-        lead = "(B, K" if dimensions == 5 else "(B"
-        expected = f"{lead}, {', '.join(map(str, self.frame_shape))}) uint8"
+        expected = f"{lead}, {', '.join(map(str, shape))}) uint8"
         if copy.dtype not in (torch.uint8, np.dtype(np.uint8)):
             raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
-        if copy.ndim != dimensions or tuple(copy.shape[-3:]) != self.frame_shape or 0 in copy.shape:
+        given = copy.ndim - len(shape)
+        if given != 1 + lead.count(",") or tuple(copy.shape[given:]) != shape or 0 in copy.shape:
             raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
         return to_device(copy, self.device)
 

@@ -14,15 +14,15 @@ from sfv_world.checkpoint import CONFIG
 LENGTHS = (14, 17, 12, 20, 13, 16, 15, 18)
 
 
-def record(folder: Path, action_space: spaces.Space, lengths: tuple[int, ...] = LENGTHS) -> Path:
-    """Episodes of so many frames of 16 x 24 pixels, in which a bright square wanders over a grey ground."""
+def record(folder: Path, action_space: spaces.Space, lengths: tuple[int, ...] = LENGTHS, height: int = 16) -> Path:
+    """Episodes of so many frames of `height` x 24 pixels, in which a bright square wanders over a grey ground."""
     rng = np.random.default_rng(0)
     storage = MinariStorage.new(
-        folder, spaces.Box(0, 255, (16, 24, 3), np.uint8), action_space, data_format="hdf5", jpeg_encoding=False
+        folder, spaces.Box(0, 255, (height, 24, 3), np.uint8), action_space, data_format="hdf5", jpeg_encoding=False
     )
     action_space.seed(0)
     for length in lengths:
-        frames = np.full((length, 16, 24, 3), rng.integers([81, 101, 121], [100, 120, 140]), np.uint8)
+        frames = np.full((length, height, 24, 3), rng.integers([81, 101, 121], [100, 120, 140]), np.uint8)
         for n, frame in enumerate(frames):
             frame[4:10, n % 18 : n % 18 + 6] = 250
         ends = np.arange(1, length) == length - 1

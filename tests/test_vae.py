@@ -205,3 +205,13 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"diffusers: expected it installed.*pip install 'sfv-world\[released\]'"):
         load_codec(tmp_path)
+
+
+def test_a_vae_may_leave_time_as_it_is():
+    codec = WanCodec(wan_vae(temperal_downsample=[False, False, False]))
+    pixels = normal(1, 3, 8, 8, 3).tanh()
+    memory = Memory()
+    latents = codec.encode(pixels)
+    assert codec.time == 1 and latents.shape == (1, 3, 4, 1, 1)
+    close(torch.cat([codec.encode(frame, memory) for frame in pixels.split(1, dim=1)], dim=1), latents)
+    assert codec.decode(latents).shape == pixels.shape

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 
@@ -57,6 +57,8 @@ class Codec(nn.Module):
     transform: Tensor
     scale: Tensor
 
+    time = 1
+    """Frames of a step, which has one frame's worth of tokens; a video's first frame is a step of its own."""
     shows_noise = True
     """Whether the noise of tokens is to be seen in their frames, so that a frame of theirs is read without more of it."""
 
@@ -82,6 +84,23 @@ class Codec(nn.Module):
         """log q(noised signal | frame) of the noise that makes a signal from a frame, in nats a frame; `noise` > 0."""
         z = (noised - self.signal(frames)) / noise
         return (-0.5 * z.square() - math.log(noise * math.sqrt(2 * math.pi))).sum((-1, -2, -3))
+
+    def steps(self, frames: int) -> int:
+        """The steps that so many frames of a video are.
+
+        Raises:
+            ValueError: if they are no whole steps.
+        """
+        if frames < 1 or (frames - 1) % self.time:
+            raise ValueError(
+                f"frames: expected 1 + a multiple of the {self.time} frames of a step, got {frames}. Give more, or fewer."
+            )
+        return 1 + (frames - 1) // self.time
+
+    def by_step(self, x: Shaped[Tensor, "b n *d"]) -> Shaped[Tensor, "b t time *d"]:
+        """What is known of every frame of whole steps, by step; a video's first step has zeros before its only frame."""
+        padded = torch.cat([torch.zeros_like(x[:, :1]).repeat_interleave(self.time - 1, dim=1), x], dim=1)
+        return padded.unflatten(1, (-1, self.time))
 
     @property
     def log_det(self) -> Float[Tensor, ""]:

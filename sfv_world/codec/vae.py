@@ -92,7 +92,7 @@ class WanCodec(nn.Module):
         x = rearrange(pixels, "b n (h i) (w j) k -> b (k j i) n h w", i=self.patch, j=self.patch).to(self.vae.dtype)
         encoder, latents = self.vae.encoder, []
         self._prepare(memory, encoder)
-        for group in x.split([begins] * begins + [self.time] * (count // self.time), dim=2):
+        for group in x.split([begins] * begins + [self.time] * ((count - begins) // self.time), dim=2):
             parameters = self.vae.quant_conv(encoder(group, feat_cache=memory.features, feat_idx=[0]))
             mean = rearrange(parameters.chunk(2, dim=1)[0].float(), "b c 1 h w -> b c h w")
             latents.append((mean - self.mean) / self.std * self._scale(memory))

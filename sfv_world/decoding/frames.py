@@ -40,6 +40,11 @@ class StreamState:
     stages: list[Stage]
     """What each map that is solved by sweeps did to the last frame: the autoregressive deep flow, then raster blocks."""
 
+    @property
+    def clock(self) -> int:
+        """Number of the next frame in the ring's time, which all rows share."""
+        return self.cache.clock
+
     def rows(self, rows: Int[Tensor, "n"]) -> "StreamState":
         """A copy of the given rows (selected, repeated, reordered)."""
         stages = [Stage(tokens[rows], Fields(mu[rows], sigma[rows])) for tokens, (mu, sigma) in self.stages]

@@ -128,11 +128,11 @@ def draw_clips(
             if known:
                 deep.read(torch.stack(known, dim=1))
             for noise in (config.decoding.temperature * normal(new)).unbind(1):
-                drawn, report = deep.draw(noise)
-                latents.append(drawn)
-                said.append(report)
+                drawn = deep.draw(noise)
+                latents.append(drawn.latents)
+                said.append(drawn.report)
                 progress("drawn")
-                follower.submit(finisher.invert, drawn)
+                follower.submit(finisher.invert, drawn.latents)
             follower.submit(partial(finisher.finish, len(known), new))
     reports = [join(deep_part, shallow_part) for deep_part, shallow_part in zip(said, finisher.reports, strict=True)]
     return Clip(

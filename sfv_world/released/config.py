@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 DENOISER_LAYERS = 8
+LAYOUT = "starflow"
+"""What the folder of a converted model calls itself."""
 # What the released models all have, and this implementation takes for granted.
 FIXED: dict[str, Any] = {
     "rope": True,

@@ -16,6 +16,7 @@ from typing import Annotated
 import tyro
 
 from sfv_world.checkpoint import save_tensors
+from sfv_world.released.config import LAYOUT
 from sfv_world.released.load import CONFIG, INDEX, Stored, fit, open_checkpoint
 
 FORMAT = 1
@@ -54,7 +55,7 @@ def convert(config: ConvertConfig) -> Path:
         index = write_shards(folder, stored, shards)
         total = {"total_size": sum(sizes.values())}
         (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2) + "\n")
-        about = {"format": FORMAT, "layout": "starflow", "config": asdict(shape)}
+        about = {"format": FORMAT, "layout": LAYOUT, "config": asdict(shape)}
         (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
     left_out = sorted(stored.shapes.keys() - found.keys())
     parameters = sum(map(math.prod, found.values()))

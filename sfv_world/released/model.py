@@ -6,6 +6,7 @@ frame. Parameter names are the released ones. In lower precision only the layers
 affine algebra stay in float32.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.model import Encoding
 from sfv_world.flow.shallow import Stage
-from sfv_world.layers import Attend, FinalNorm, Layer
+from sfv_world.layers import Attend, FinalNorm, Layer, Told
 from sfv_world.released.cache import SequenceCache
 from sfv_world.released.config import DENOISER_LAYERS, ReleasedConfig
 from sfv_world.released.positions import grid_positions, text_positions, turns
@@ -81,13 +82,19 @@ class Transformer(nn.Module):
         return cast(Layer, self.attn_blocks[0]).attention.proj.weight
 
     def features(
-        self, x: Float[Tensor, "n l w"], turn: Float[Tensor, "l two p"], attend: Attend | SequenceCache
+        self,
+        x: Float[Tensor, "n l w"],
+        turn: Float[Tensor, "l two p"],
+        attend: Attend | SequenceCache,
+        told: Sequence[Told] = (),
     ) -> Float[Tensor, "n l w"]:
-        """The layers, with one way of attending for all or a cache that takes their keys and values."""
+        """The layers, with one way of attending for all or a cache that takes their keys and values.
+
+        `told` is what an adapter adds to the attention of each layer; nothing if it is empty.
+        """
         for index, layer in enumerate(self.attn_blocks):
-            x = layer(
-                x, turn[None, None], partial(attend.attend, index) if isinstance(attend, SequenceCache) else attend
-            )
+            how = partial(attend.attend, index) if isinstance(attend, SequenceCache) else attend
+            x = layer(x, turn[None, None], how, told[index] if told else None)
         if isinstance(attend, SequenceCache):
             attend.length += x.shape[1]
         return self.final_norm(x)
@@ -110,10 +117,11 @@ class FlowBlock(Transformer):
         tokens: Float[Tensor, "n l c"],
         turn: Float[Tensor, "all_slots two p"],
         text: Float[Tensor, "n k e"] | None = None,
+        told: Sequence[Told] = (),
     ) -> tuple[Float[Tensor, "n l w"], Fields]:
         """Features and fields of all tokens in parallel; `turn` covers the text as well."""
         slots = torch.cat([self.sos_embed.expand(len(tokens), -1, -1), tokens[:, :-1]], dim=1)
-        features = self.features(self.embed(slots, text), turn, attend_causally)[:, -tokens.shape[1] :]
+        features = self.features(self.embed(slots, text), turn, attend_causally, told)[:, -tokens.shape[1] :]
         return features, self.fields(features)
 
     def fields(self, features: Float[Tensor, "n l w"]) -> Fields:
@@ -180,25 +188,48 @@ class ReleasedFlow(nn.Module):
             positions = torch.cat([text_positions(self.config.txt_size, scale), positions])
         return turns(positions, self.config.head_dim).to(device)
 
-    def stages(
-        self, tokens: Float[Tensor, "b t l d"], text: Float[Tensor, "b k e"], grid: tuple[int, int]
-    ) -> tuple[list[Stage], Float[Tensor, "b l2 w"]]:
-        """What every block read, in its own direction, and its fields: a frame a row, or for the deep block a video."""
-        self.check(tokens, text, grid)
-        frames, stages = tokens.shape[1], []
-        x, turn = rearrange(tokens, "b t l c -> (b t) l c"), self.turn(1, grid, False, tokens.device)
+    def within_frames(
+        self, tokens: Float[Tensor, "n l c"], grid: tuple[int, int]
+    ) -> tuple[Float[Tensor, "n l c"], list[Stage]]:
+        """The shallow blocks, frame by frame: tokens -> latents u, and what every block read, in its own direction."""
+        x, stages, turn = tokens, [], self.turn(1, grid, False, tokens.device)
         for index in range(len(self.blocks) - 1):
             x = self.orient(index, x)
             _, fields = self.block(index)(x, turn)
             stages.append(Stage(x, fields))
             x = self.orient(index, fields.normalise(x)[0])
+        return x, stages
+
+    def log_det(self, stages: list[Stage], tokens: Float[Tensor, "*b l c"]) -> Float[Tensor, "*b l"]:
+        """log|det| of the first blocks together, which read `tokens`, by token in raster order."""
+        total = torch.zeros_like(tokens[..., 0])
+        for index, stage in enumerate(stages):
+            part = stage.fields.normalise(stage.tokens)[1]
+            total = total + self.orient(index, part.reshape(*total.shape, 1))[..., 0]
+        return total
+
+    def stages(
+        self,
+        tokens: Float[Tensor, "b t l d"],
+        text: Float[Tensor, "b k e"],
+        grid: tuple[int, int],
+        told: Sequence[Told] = (),
+    ) -> tuple[list[Stage], Float[Tensor, "b l2 w"]]:
+        """What every block read, in its own direction, and its fields: a frame a row, or for the deep block a video."""
+        self.check(tokens, text, grid)
+        frames = tokens.shape[1]
+        x, stages = self.within_frames(rearrange(tokens, "b t l c -> (b t) l c"), grid)
         x = self.orient(-1, rearrange(x, "(b t) l c -> b t l c", t=frames))
         x = rearrange(x, "b t l c -> b (t l) c")
-        features, fields = self.block(-1)(x, self.turn(frames, grid, True, x.device), text)
+        features, fields = self.block(-1)(x, self.turn(frames, grid, True, x.device), text, told)
         return [*stages, Stage(x, fields)], features
 
     def forward(
-        self, tokens: Float[Tensor, "b t l d"], text: Float[Tensor, "b k e"], grid: tuple[int, int]
+        self,
+        tokens: Float[Tensor, "b t l d"],
+        text: Float[Tensor, "b k e"],
+        grid: tuple[int, int],
+        told: Sequence[Told] = (),
     ) -> Encoding:
         """tokens -> noise, log-determinant and deep features, by token in raster order.
 
@@ -206,15 +237,13 @@ class ReleasedFlow(nn.Module):
             tokens: noised tokens of videos, from their first frame on; images are videos of one frame.
             text: states of the text encoder.
             grid: rows and columns of tokens in a frame.
+            told: what a control adapter adds to the attention of each layer of the deep block; nothing if it is empty.
 
         Raises:
             ValueError: if shapes do not fit the configuration or each other.
         """
-        stages, features = self.stages(tokens, text, grid)
-        log_det = torch.zeros_like(tokens[..., 0])
-        for index, stage in enumerate(stages):
-            part = stage.fields.normalise(stage.tokens)[1][..., None]
-            log_det = log_det + self.orient(index, part.reshape(*tokens.shape[:3], 1))[..., 0]
+        stages, features = self.stages(tokens, text, grid, told)
+        log_det = self.log_det(stages, tokens)
         read, fields = stages[-1]
         deep = (fields.normalise(read)[0], read, features, fields.mu, fields.sigma)
         noise, latents, features, mu, sigma = (self.orient(-1, x.reshape(*tokens.shape[:3], -1)) for x in deep)

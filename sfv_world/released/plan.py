@@ -8,10 +8,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
+from sfv_world.codec.vae import ImageCodec, WanCodec
 from sfv_world.released.config import DENOISER_LAYERS, ReleasedConfig, find_config
 from sfv_world.released.load import expected_shapes
+from sfv_world.released.memory import Need, codec_needs
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,28 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         "denoiser": seconds(denoiser * tokens, denoiser_weights),
     }
     return Plan({name: value / 1e9 for name, value in memory.items()}, times)
+
+
+def sampling_needs(
+    shape: ReleasedConfig,
+    codec: WanCodec | ImageCodec,
+    height: int,
+    width: int,
+    frames: int,
+    dtype: Literal["bfloat16", "float32"],
+    guided: bool = False,
+) -> list[Need]:
+    """What drawing a chunk of latent frames, of so many pixels, and decoding it holds at once."""
+    side = codec.space * shape.patch_size
+    rows, columns = height // side, width // side
+    size = f"{frames} frames of {rows} x {columns} tokens"
+    work = InfoConfig(size, frames=frames, rows=rows, columns=columns, guided=guided, dtype=dtype)
+    memory = plan(shape, work).memory
+    flow = [Need(what, 1e9 * gigabytes) for what, gigabytes in memory.items()]
+    if not shape.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
+        kept = sum(shape.layers_per_block) * memory["activations of a parallel pass, about"]
+        flow.append(Need("activations kept for the score, about", 1e9 * kept))
+    return flow + codec_needs(codec, height, width, getattr(torch, dtype).itemsize)
 
 
 def info(config: InfoConfig) -> Plan:

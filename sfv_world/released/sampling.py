@@ -5,6 +5,8 @@ Samples are noised tokens, which `clean` cleans. Guidance acts on the deep block
 that the model scores, and what is reported of them is their likelihood under the model without guidance.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,8 +18,9 @@ from sfv_world.decoding.frames import SHALLOW_TOLERANCE
 from sfv_world.decoding.solver import DecodingConfig, draft_tokens
 from sfv_world.flow.affine import standard_normal_log_prob
 from sfv_world.flow.shallow import Stage
+from sfv_world.layers import Told
 from sfv_world.released.model import ReleasedFlow
-from sfv_world.released.solver import BlockStream, solve
+from sfv_world.released.solver import BlockStream, Prediction, Solution, solve
 
 SEQUENTIAL = DecodingConfig(block=1)
 """Token by token: the definition that faster decoding is held against."""
@@ -32,6 +35,19 @@ class Report(NamedTuple):
     """Passes that each row took."""
     certificate: Float[Tensor, "b"]
     """max|z' - z| between the exact noise of what is returned and the noise asked for."""
+
+
+class Drawn(NamedTuple):
+    """A frame that the deep block has drawn or read, and what it says of it."""
+
+    latents: Float[Tensor, "b l c"]
+    """u, in raster order as all of it."""
+    noise: Float[Tensor, "b l c"]
+    """Its exact noise under the model without guidance."""
+    features: Float[Tensor, "b l w"]
+    """The deep block's, of the model without guidance."""
+    report: Report
+    """Of the deep block alone."""
 
 
 class DeepStream:
@@ -70,23 +86,35 @@ class DeepStream:
         self.block = BlockStream(flow.block(-1), len(text), turn, both, guidance)
         self.previous: Stage | None = None
 
-    @torch.no_grad()
-    def read(self, latents: Float[Tensor, "b t l c"]) -> None:
-        """Takes frames as given: the next ones follow them."""
-        for u in self.flow.orient(-1, latents).unbind(1):
-            self.previous = Stage(u, self.block.read(u)[0])
+    def copy(self) -> "DeepStream":
+        """A stream that goes on from here on its own."""
+        twin = copy.copy(self)
+        twin.block = self.block.copy()
+        return twin
 
     @torch.no_grad()
-    def draw(self, noise: Float[Tensor, "b l c"]) -> tuple[Float[Tensor, "b l c"], Report]:
-        """The latents of the next frame, and the deep block's report on them."""
+    def read(self, latents: Float[Tensor, "b t l c"]) -> Drawn:
+        """Takes frames as given, the next ones follow them; what is said is of the last one."""
+        for u in self.flow.orient(-1, latents).unbind(1):
+            found = self.block.read(u)
+            self.previous = Stage(u, found.fields)
+        once = torch.ones(len(u), dtype=torch.long, device=u.device)
+        return self._drawn(u, found, once, torch.zeros_like(u[:, 0, 0]))
+
+    @torch.no_grad()
+    def draw(self, noise: Float[Tensor, "b l c"]) -> Drawn:
+        """The next frame, by the noise asked for."""
         z = self.flow.orient(-1, noise)
         draft = first_draft(z, self.previous, self.decoding)
         found = solve(self.block, z, draft, self.decoding, self.decoding.tolerance)
         self.previous = Stage(found.tokens, found.fields)
-        exact, log_det = found.conditional.normalise(found.tokens)
-        log_prob = standard_normal_log_prob(exact) + log_det
-        report = Report(by_place(self.flow, -1, log_prob), found.sweeps, found.certificate)
-        return self.flow.orient(-1, found.tokens), report
+        return self._drawn(found.tokens, found, found.sweeps, found.certificate)
+
+    def _drawn(self, tokens: Tensor, found: Prediction | Solution, sweeps: Tensor, certificate: Tensor) -> Drawn:
+        exact, log_det = found.conditional.normalise(tokens)
+        log_prob = by_place(self.flow, -1, standard_normal_log_prob(exact) + log_det)
+        latents, noise, features = (self.flow.orient(-1, x) for x in (tokens, exact, found.features))
+        return Drawn(latents, noise, features, Report(log_prob, sweeps, certificate))
 
 
 class ShallowInverse:
@@ -97,10 +125,16 @@ class ShallowInverse:
     """
 
     @torch.no_grad()
-    def __init__(self, flow: ReleasedFlow, grid: tuple[int, int], decoding: DecodingConfig = SEQUENTIAL):
+    def __init__(
+        self,
+        flow: ReleasedFlow,
+        grid: tuple[int, int],
+        decoding: DecodingConfig = SEQUENTIAL,
+        previous: dict[int, Stage] | None = None,
+    ):
         self.flow, self.decoding, self.grid = flow, replace(decoding, max_sweeps=None), grid
         self.tolerance = min(decoding.tolerance, SHALLOW_TOLERANCE)
-        self.previous: dict[int, Stage] = {}
+        self.previous = dict(previous or {})
 
     @torch.no_grad()
     def __call__(self, latents: Float[Tensor, "b l c"]) -> tuple[Float[Tensor, "b l c"], Report]:
@@ -190,11 +224,11 @@ def sample(
         deep.read(flow(first, text, grid).latents)
     drawn, reports, sweeps = [], [], []
     for z in noise.unbind(1):
-        latents, said = deep.draw(z)
-        tokens, more = shallow(latents)
+        found = deep.draw(z)
+        tokens, more = shallow(found.latents)
         drawn.append(tokens)
-        reports.append(join(said, more))
-        sweeps.append(said.sweeps)
+        reports.append(join(found.report, more))
+        sweeps.append(found.report.sweeps)
     return Sample(
         tokens=torch.cat([*([] if first is None else [first]), torch.stack(drawn, dim=1)], dim=1),
         log_prob=torch.stack([report.log_prob for report in reports], dim=1),
@@ -210,6 +244,7 @@ def clean(
     text: Float[Tensor, "b k e"],
     grid: tuple[int, int],
     noise: float,
+    told: Sequence[Told] = (),
 ) -> Float[Tensor, "b t l c"]:
     """Tokens without their noise: by the model's denoiser, or where it has none by its own score, x + sigma^2 grad log p(x).
 
@@ -219,11 +254,12 @@ def clean(
         text: states of the text encoder.
         grid: rows and columns of tokens in a frame.
         noise: standard deviation of the noise of training.
+        told: what a control adapter adds to the deep block, whose score then tells of the controls too.
     """
     if flow.learnable_self_denoiser is not None:
         with torch.no_grad():
             return flow.denoise(tokens, text, grid)
     with torch.enable_grad():
         x = tokens.detach().requires_grad_()
-        (score,) = torch.autograd.grad(flow(x, text, grid).log_prob.sum(), x)
+        (score,) = torch.autograd.grad(flow(x, text, grid, told).log_prob.sum(), x)
     return tokens + noise**2 * score

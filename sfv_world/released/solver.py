@@ -5,6 +5,8 @@ the iterate that was evaluated, with its exact noise and its keys and values in 
 and with them the fixed point. A block of one token is sequential decoding.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.flow.affine import Fields, guide
+from sfv_world.layers import Told
 from sfv_world.released.cache import SequenceCache
 from sfv_world.released.model import FlowBlock
 
@@ -41,27 +44,48 @@ class BlockStream:
         self.cache: SequenceCache = block.new_cache(self.copies * rows, len(turn))
         self.before = block.sos_embed.expand(rows, -1, -1)
         """What the next slot carries: the last token."""
+        self.told: Sequence[Told] = ()
+        """What an adapter adds to the attention of the slots to come, layer by layer; nothing if it is empty."""
         if text is not None:
             self._features(block.embed(self.before[:, :0].repeat(self.copies, 1, 1), text))
 
-    def fields(self, carried: Float[Tensor, "b l c"]) -> tuple[Fields, Fields]:
-        """The (guided, conditional) fields that the next slots predict from what they carry; the cache moves past them."""
-        found = self.block.fields(self._features(self.block.embed(carried.repeat(self.copies, 1, 1))))
+    def copy(self) -> "BlockStream":
+        """A stream that goes on from here on its own."""
+        twin = copy.copy(self)
+        twin.cache = SequenceCache(self.cache.keys.clone(), self.cache.values.clone(), self.cache.length)
+        return twin
+
+    def predict(self, carried: Float[Tensor, "b l c"]) -> "Prediction":
+        """What the block says of the next tokens, by what their slots carry; the cache moves past them."""
+        features = self._features(self.block.embed(carried.repeat(self.copies, 1, 1)))
+        found = self.block.fields(features)
         if self.copies == 1:
-            return found, found
+            return Prediction(found, found, features)
         (mu, mu_u), (sigma, sigma_u) = found.mu.chunk(2), found.sigma.chunk(2)
         conditional = Fields(mu, sigma)
-        return guide(conditional, Fields(mu_u, sigma_u), self.guidance), conditional
+        guided = guide(conditional, Fields(mu_u, sigma_u), self.guidance)
+        return Prediction(guided, conditional, features[: len(carried)])
 
-    def read(self, tokens: Float[Tensor, "b l c"]) -> tuple[Fields, Fields]:
-        """The (guided, conditional) fields of the next tokens, which are given."""
-        fields = self.fields(torch.cat([self.before, tokens[:, :-1]], dim=1))
+    def read(self, tokens: Float[Tensor, "b l c"]) -> "Prediction":
+        """What the block says of the next tokens, which are given."""
+        found = self.predict(torch.cat([self.before, tokens[:, :-1]], dim=1))
         self.before = tokens[:, -1:]
-        return fields
+        return found
 
     def _features(self, x: Tensor) -> Tensor:
         at = slice(self.cache.length, self.cache.length + x.shape[1])
-        return self.block.features(x, self.turn[at], self.cache)
+        return self.block.features(x, self.turn[at], self.cache, self.told)
+
+
+class Prediction(NamedTuple):
+    """What a block says of tokens, by those before them."""
+
+    fields: Fields
+    """Guided, if the stream is."""
+    conditional: Fields
+    """Those of the model without guidance."""
+    features: Float[Tensor, "b l w"]
+    """What the conditional ones are a projection of."""
 
 
 class Solution(NamedTuple):
@@ -76,6 +100,8 @@ class Solution(NamedTuple):
     """Passes until each row was done."""
     certificate: Float[Tensor, "b"]
     """max|z' - z| of each row, at the tokens returned."""
+    features: Float[Tensor, "b l w"]
+    """Those of the model without guidance."""
 
 
 def solve(
@@ -109,7 +135,9 @@ def solve(
         error = noise.new_zeros(rows)
         for sweep in range(1, limit + 1):
             stream.cache.length = known
-            fields, conditional = stream.fields(torch.cat([stream.before, tokens[:, start : at.stop - 1]], dim=1))
+            fields, conditional, features = stream.predict(
+                torch.cat([stream.before, tokens[:, start : at.stop - 1]], dim=1)
+            )
             sweeps += active
             if count == 1:  # a lone token's fields do not depend on it: it is exact at once
                 tokens[:, at] = fields.denormalise(wanted)
@@ -121,6 +149,6 @@ def solve(
             tokens[:, at] = torch.where(active[:, None, None], fields.denormalise(wanted), tokens[:, at])
         certificate = torch.maximum(certificate, error)
         stream.before = tokens[:, at.stop - 1 : at.stop]
-        found.append((*fields, *conditional))
-    mu, sigma, conditional_mu, conditional_sigma = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return Solution(tokens, Fields(mu, sigma), Fields(conditional_mu, conditional_sigma), sweeps, certificate)
+        found.append((*fields, *conditional, features))
+    mu, sigma, mu_c, sigma_c, features = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return Solution(tokens, Fields(mu, sigma), Fields(mu_c, sigma_c), sweeps, certificate, features)

@@ -107,13 +107,14 @@ class Group:
                 fully_shard(module)
         fully_shard(model)
 
-    def whole(self, model: WorldModel) -> WorldModel:
+    def whole(self, model: nn.Module) -> nn.Module:
         """A model with all its weights, on the first process; every process must ask, and the others get theirs back."""
         if not isinstance(model, FSDPModule):
             return model
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.first:
             return model
+        assert isinstance(model, WorldModel), "others are not sharded"
         whole = WorldModel(model.config, model.action_space)
         whole.load_state_dict(weights)
         return whole.to(self.device).eval()

@@ -18,13 +18,14 @@ from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Clips
 from sfv_world.denoiser import video_score
 from sfv_world.model import WorldModel
+from sfv_world.released.adapted import AdaptedModel
 from sfv_world.training.distributed import ALONE, Group
 
 
 class Batch(NamedTuple):
-    """Clips as tensors, everything aligned to the frame it leads to."""
+    """Clips as tensors, everything aligned to the frame it leads to; where a step has several frames, to the step."""
 
-    frames: UInt8[Tensor, "b t h w 3"]
+    frames: UInt8[Tensor, "b n h w 3"]
     actions: Float[Tensor, "b t n"]
     known: Bool[Tensor, "b t"]
     rewards: Float[Tensor, "b t"]
@@ -33,15 +34,21 @@ class Batch(NamedTuple):
     terminal: Bool[Tensor, "b t"]
 
     @classmethod
-    def from_clips(cls, clips: Clips, model: WorldModel) -> "Batch":
-        """Tensors on the model's device; the first frame of a clip has no known action."""
-        device = model.codec.scale.device
-        b, t = clips.valid.shape
-        actions = flatten_actions(model.action_space, clips.actions, (b, t - 1))
+    def from_clips(cls, clips: Clips, model: WorldModel | AdaptedModel) -> "Batch":
+        """Tensors on the model's device; the first frame of a clip has no known action.
+
+        Of the frames of a step, actions are one after the other, rewards are added up, and one that terminates, or is no target
+        for pixels, speaks for all.
+        """
+        device, b, n = model.codec.scale.device, *clips.valid.shape
+        actions = flatten_actions(model.action_space, clips.actions, (b, n - 1))
         actions = np.concatenate([np.zeros_like(actions[:, :1]), actions], axis=1)
-        known = np.broadcast_to(np.arange(t) > 0, (b, t)).copy()
-        arrays = (clips.frames, actions, known, clips.rewards, clips.terminations, clips.valid, clips.terminal)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+        arrays = (actions, clips.rewards, clips.terminations, clips.valid, clips.terminal | ~clips.valid)
+        told, rewards, *marks = (model.codec.by_step(torch.from_numpy(array)) for array in arrays)
+        terminations, valid, terminal = (mark.any(-1) for mark in marks)
+        known = (torch.arange(valid.shape[1]) > 0).expand(b, -1)
+        tensors = (told.flatten(2), known, rewards.sum(-1), terminations, valid, terminal & valid)
+        return cls(*(tensor.to(device) for tensor in (torch.from_numpy(clips.frames), *tensors)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Loss(NamedTuple):
 
 
 def world_loss(
-    model: WorldModel,
+    model: WorldModel | AdaptedModel,
     batch: Batch,
     config: ObjectiveConfig,
     generator: torch.Generator,
@@ -101,19 +108,19 @@ def world_loss(
     Where `batch` is one process's rows, so is the result one process's part: the mean over the processes of `group` is the loss of
     all rows. `replica` is called in the model's place (see `Group.replica`).
     """
-    shape, device = batch.frames.shape, batch.frames.device
-    rows = group.size * shape[0]  # the noise of all rows, whatever share of them is here
-    uniform = group.own(torch.rand((rows, *shape[1:]), generator=generator, device=device))
+    (b, t), device = batch.valid.shape, batch.frames.device
+    rows = group.size * b  # the noise of all rows, whatever share of them is here
+    uniform = group.own(torch.rand((rows, *batch.frames.shape[1:]), generator=generator, device=device))
     signal = model.config.codec.signal
-    normal = group.own(torch.randn((rows, shape[1], *signal), generator=generator, device=device))
-    kept = group.own(torch.rand((rows, shape[1]), generator=generator, device=device)) >= config.action_dropout
+    normal = group.own(torch.randn((rows, t, *signal), generator=generator, device=device))
+    kept = group.own(torch.rand((rows, t), generator=generator, device=device)) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal).requires_grad_(plain)
     reading = (replica or model)(tokens, batch.actions, batch.known & kept, heads_apart=plain)
     nats = -reading.log_likelihood / model.config.dimensions
     share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight, group)
     weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.dimensions
 
-    later = torch.arange(shape[1], device=device) > 0
+    later = torch.arange(t, device=device) > 0
     weights = (batch.valid & ~batch.terminal) * torch.where(later | plain, 1.0, config.first_frame_weight)
     reward, termination = model.heads.loss(reading.outcome, batch.rewards, batch.terminations)
     reward, termination = (group.mean(part, (batch.valid & later).float()) for part in (reward, termination))
@@ -167,7 +174,7 @@ def noise_left(model: WorldModel, batch: Batch, loss: Loss) -> Tensor:
 
 
 def motion_weights(
-    tokens: Float[Tensor, "b t l c"], model: WorldModel, weight: float, group: Group = ALONE
+    tokens: Float[Tensor, "b t l c"], model: WorldModel | AdaptedModel, weight: float, group: Group = ALONE
 ) -> Float[Tensor, "b t l"]:
     """Weights, of mean 1 over all rows of `group`, that turn the loss to where something moved: up to ten times a still patch's.
 

@@ -23,11 +23,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sfv_world.checkpoint import load_autoencoder, save_model
 from sfv_world.codec.latent import LatentCodec
-from sfv_world.data.clips import ClipSampler, load_episodes
+from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
 from sfv_world.film import compare
 from sfv_world.flow.model import DeepKind
 from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
+from sfv_world.released.adapted import AdaptedModel
+from sfv_world.training.adapt import adapt
 from sfv_world.training.distributed import ALONE, Group, Parallel, gathered, joined, load_state, save_state
 from sfv_world.training.inherit import inherit
 from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
@@ -61,7 +63,11 @@ class TrainConfig:
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
     """World whose weights to start from, those of the shallow flow only where it has the same bands; none: random ones. It may
-    have another window and other groups."""
+    have another window and other groups. With `freeze_backbone` a released model, which `sfv-world convert` makes."""
+    freeze_backbone: bool = False
+    """Train a control adapter and heads on the released model in `init`, which stays as it is and decides the sizes."""
+    prompt: str = ""
+    """What a released model is told to show."""
     resume: bool = False
     """Continue the run in `out`, which must have the same configuration up to its length."""
     codec: Path | None = None
@@ -74,7 +80,7 @@ class TrainConfig:
     """Standard deviation of the noise on pixels in [-1, 1] or, with a codec, on its latents, which have variance 1; none: 0.05,
     or what the codec's decoder was trained with."""
     clip: int = 10
-    """Frames of a clip."""
+    """Frames of a clip; on a released model cut to whole steps of its codec (1 + a multiple of 4 frames)."""
     batch: int = 2
     """Clips of a batch, those of all processes together."""
     busy: float = 0.0
@@ -112,6 +118,18 @@ class TrainConfig:
         check_length(self)
         if self.clip < 2:
             raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
+        if self.freeze_backbone and self.init is None:
+            raise ValueError(
+                "freeze_backbone: expected the folder of a released model in init, got none. Give it (--init); "
+                "`sfv-world convert` makes one."
+            )
+        if self.freeze_backbone and (self.parallel != "ddp" or any((self.codec, self.patch, self.bands))):
+            raise ValueError(
+                "freeze_backbone: expected --parallel ddp and no codec, patch or bands, which the released model decides, got "
+                f"{self.parallel}, {self.codec}, {self.patch} and {self.bands}. Leave them out."
+            )
+        if self.prompt and not self.freeze_backbone:
+            raise ValueError(f"prompt: expected none without --freeze-backbone, got {self.prompt!r}. Leave it out.")
 
 
 class Trainer:
@@ -132,6 +150,47 @@ class Trainer:
             )
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
+        self.before: dict[str, int | float] | None = None
+        self.model: Any = self._on_released(episodes) if config.freeze_backbone else self._of_own_weights(episodes)
+        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(config.ema))
+        denoiser = self.model.denoiser
+        if group.size > 1 and config.parallel == "fully-shard":
+            group.shard(self.model)
+            group.shard(self.average.module)
+        if denoiser is not None:  # called on its own, after the rest
+            denoiser.requires_grad_(False)
+        self.replica = group.replica(self.model)
+        parts = {"flow": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}
+        if denoiser is not None:
+            denoiser.requires_grad_(True)
+            self.denoiser_replica = group.replica(denoiser)
+            parts["denoiser"] = list(denoiser.parameters())
+        self.optimizers = {
+            part: torch.optim.AdamW(_decay_groups(parameters, config.weight_decay), betas=(0.9, 0.95), fused=True)
+            for part, parameters in parts.items()
+        }
+        self.step, self.elapsed = 0, 0.0
+        config = self.config
+        self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed, config.busy)
+        if config.resume:
+            self._load()
+
+    def _on_released(self, episodes: Episodes) -> AdaptedModel:
+        """A control adapter on a released model."""
+        config = self.config
+        assert config.init is not None, "TrainConfig has seen to it"
+        torch.manual_seed(config.seed)
+        model = adapt(
+            config.init, config.out, episodes, prompt=config.prompt, noise=config.noise, clip=config.clip,
+            device=config.device,
+        )  # fmt: skip
+        clip = 1 + (config.clip - 1) // model.codec.time * model.codec.time
+        self.config = replace(config, noise=model.config.noise, clip=clip)
+        return model
+
+    def _of_own_weights(self, episodes: Episodes) -> WorldModel:
+        """A model that is all to be trained."""
+        config = self.config
         height, width = episodes.frames.shape[1:3]
         autoencoder = load_autoencoder(config.codec)[0] if config.codec else None
         if autoencoder and (found := (autoencoder.config.height, autoencoder.config.width)) != (height, width):
@@ -156,38 +215,18 @@ class Trainer:
             denoiser=config.denoiser,
             autoencoder=autoencoder.config if autoencoder else None,
         )
-        self.model = WorldModel(shape, episodes.action_space).to(config.device)
+        model = WorldModel(shape, episodes.action_space).to(config.device)
         if autoencoder:
-            cast(LatentCodec, self.model.codec).autoencoder.load_state_dict(autoencoder.state_dict())
+            cast(LatentCodec, model.codec).autoencoder.load_state_dict(autoencoder.state_dict())
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
-        self.model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
-        self.before = inherit(self.model, config.init, config.codec, config.device) if config.init else None
-        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(config.ema))
-        denoiser = self.model.denoiser
-        if group.size > 1 and config.parallel == "fully-shard":
-            group.shard(self.model)
-            group.shard(self.average.module)
-        if denoiser is not None:  # called on its own, after the rest
-            denoiser.requires_grad_(False)
-        self.replica = group.replica(self.model)
-        parts = {"flow": [parameter for parameter in self.model.parameters() if parameter.requires_grad]}
-        if denoiser is not None:
-            denoiser.requires_grad_(True)
-            self.denoiser_replica = group.replica(denoiser)
-            parts["denoiser"] = list(denoiser.parameters())
-        self.optimizers = {
-            part: torch.optim.AdamW(_decay_groups(parameters, config.weight_decay), betas=(0.9, 0.95), fused=True)
-            for part, parameters in parts.items()
-        }
-        self.step, self.elapsed = 0, 0.0
-        self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed, config.busy)
-        if config.resume:
-            self._load()
+        model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
+        self.before = inherit(model, config.init, config.codec, config.device) if config.init else None
+        return model
 
     @property
-    def averaged(self) -> WorldModel:
+    def averaged(self) -> Any:
         """The model with the moving average of the weights: the world that is saved. Whole on the first process only."""
-        return self.group.whole(cast(WorldModel, self.average.module))
+        return self.group.whole(self.average.module)
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last validation's numbers."""
@@ -260,7 +299,7 @@ class Trainer:
         }
         model = self.averaged
         if self.group.first:
-            save_starts(config.out, self.held_out)
+            save_starts(config.out, self.held_out, frames=self._context)
             save_model(config.out, model, about)
         progress = {"step": self.step, "elapsed": self.elapsed, "config": self._identity()}
         save_state(config.out / STATE, self._state(), progress, self.group)
@@ -332,6 +371,8 @@ class Trainer:
             "denoiser_learning_rate",
             "data",
             "init",
+            "freeze_backbone",
+            "prompt",
         )
         return {name: value for name, value in config.items() if name not in free}
 
@@ -351,7 +392,13 @@ class Trainer:
         """Writes a film of an imagined held-out episode above the real one."""
         model, film = self.averaged, self.config.out / "samples" / f"{self.step:06d}.mp4"
         if self.group.first:
-            compare(World(model), self.held_out, film, rows=4, frames=24)
+            rows = 1 if self.config.freeze_backbone else 4
+            compare(World(model), self.held_out, film, rows=rows, frames=24, context=self._context)
+
+    @property
+    def _context(self) -> int:
+        """Frames to begin with: four, or the whole steps that have them."""
+        return 1 + -(-3 // self.model.codec.time) * self.model.codec.time
 
 
 def train(config: TrainConfig) -> dict[str, float]:

@@ -1,0 +1,316 @@
+"""A world on a released model: a control encoder, a control adapter and outcome heads, on a backbone that stays as it is.
+
+STARFlow-V's control (arXiv 2511.20462): the backbone is frozen, and a module of its own tells the deep block of actions. Its part
+of the world is all that is trained and saved; the backbone is read from where it lies. A step is one latent frame: `time` frames,
+with as many actions, which one step of an environment holds.
+
+What the likelihood is conditional on: the frames of its chunk before it, their actions and the prompt. The model sees at most
+`chunk` latent frames; then it restarts with the last `context` of them, as it was trained to. Chunks are counted from a
+video's first frame, so a parallel pass over a video and a stream are the same function.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from sfv_world.checkpoint import CONFIG, MODEL, fitting, read_world
+from sfv_world.codec.video import VideoCodec, VideoCodecConfig
+from sfv_world.control.encoder import ControlEncoder
+from sfv_world.control.spaces import action_size
+from sfv_world.decoding.frames import FrameReport
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.flow.affine import Fields
+from sfv_world.flow.model import Encoding
+from sfv_world.heads import OutcomeHeads
+from sfv_world.model import Reading
+from sfv_world.released.adapter import ControlAdapter
+from sfv_world.released.backbone import Backbone, fingerprint
+from sfv_world.released.model import ReleasedFlow
+from sfv_world.released.sampling import DeepStream, Drawn, Report, ShallowInverse, clean, join
+from sfv_world.released.stream import Past, ReleasedStream, Video
+
+
+@dataclass(frozen=True)
+class AdaptedConfig:
+    """Everything that decides which weights a world on a released model has, and how it reads videos."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    backbone: str
+    """Folder of the released model, with its VAE: relative to the world's, or absolute."""
+    fingerprint: int
+    """Checksum of the released model that the adapter was trained on."""
+    codec: VideoCodecConfig
+    """Frames to tokens."""
+    noise: float
+    """Standard deviation of the noise added to latents. The density is over the noised latents."""
+    prompt: str = ""
+    """What the model is told to show; its states are kept with the weights."""
+    control_width: int = 128
+    """Channels of a control token."""
+    control_tokens: int = 4
+    """Control tokens a step."""
+    chunk: int = 21
+    """Latent frames that the model sees at once, as in training."""
+    context: int = 5
+    """Latent frames of a chunk that the next one begins with."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.context < self.chunk:
+            raise ValueError(
+                f"context: expected at least 1 latent frame and fewer than the chunk's {self.chunk}, got {self.context}."
+            )
+
+    @property
+    def dimensions(self) -> int:
+        """Dimensions of the density of a step: the latents of a latent frame."""
+        return math.prod(self.codec.signal)
+
+    def chunks(self, frames: int) -> Iterator[tuple[slice, int]]:
+        """The chunks of a video of so many latent frames, and how many frames of each the one before it had already."""
+        done = 0
+        while done < frames:
+            first = max(0, done - self.context) if done else 0
+            stop = min(frames, first + self.chunk)
+            yield slice(first, stop), done - first
+            done = stop
+
+
+class AdaptedModel(nn.Module):
+    """What `WorldModel` is to worlds of their own weights; the backbone is no submodule, so no weight of it is trained or saved.
+
+    Args:
+        config: shapes.
+        action_space: of the action at each frame.
+        backbone: the released model.
+    """
+
+    text: Tensor
+    """States of the prompt."""
+    decoding = DecodingConfig(block=64, denoise="causal")
+    """How such a world is decoded if nothing else is said: its noise is too large to look at."""
+    denoiser = None
+    """A denoiser of its own there is none: the backbone's cleans frames, or its score where it has none."""
+
+    def __init__(self, config: AdaptedConfig, action_space: gym.Space[Any], backbone: Backbone):
+        super().__init__()
+        self.config, self.action_space, self.backbone = config, action_space, backbone
+        shape, size = backbone.flow.config, action_size(action_space)
+        self.controls = ControlEncoder(config.codec.time * size, config.control_width, config.control_tokens)
+        self.adapter = ControlAdapter(shape.deep_width, shape.layers_per_block[-1], config.control_width)
+        self.heads = OutcomeHeads(shape.deep_width)
+        self.register_buffer("text", torch.zeros(1, shape.txt_size, shape.txt_dim))
+
+    @property
+    def flow(self) -> ReleasedFlow:
+        """The backbone's."""
+        return self.backbone.flow
+
+    @property
+    def codec(self) -> VideoCodec:
+        """The backbone's."""
+        return self.backbone.codec
+
+    def noised_tokens(
+        self,
+        frames: UInt8[Tensor, "b n height width 3"],
+        uniform: Float[Tensor, "b _ height width 3"],
+        normal: Float[Tensor, "b t h w k"],
+    ) -> Float[Tensor, "b t l c"]:
+        """Tokens of videos from their first frame on, latents noised by `normal` ~ N(0, 1); `uniform` has no part in them."""
+        return self.codec.encode(self.codec.signal(frames) + self.config.noise * normal)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "b t l c"],
+        actions: Float[Tensor, "b t n"],
+        known: Bool[Tensor, "b t"],
+        heads_apart: bool = False,
+    ) -> Reading:
+        """Reads videos in one parallel pass a chunk; as `WorldModel.forward`, with the actions of all frames of a step."""
+        controls, parts = self.controls(actions, known), []
+        for at, before in self.config.chunks(tokens.shape[1]):
+            told = self.adapter.told(controls[:, at], self.text.shape[1])
+            found = self.flow(tokens[:, at], self._text(len(tokens)), self.codec.config.grid, told)
+            *parted, fields = (found.noise, found.log_det, found.latents, found.features, found.fields)
+            parts.append([x[:, before:] for x in (*parted, *fields)])
+        noise, log_det, latents, features, mu, sigma = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+        encoding = Encoding(noise, log_det, latents, features, Fields(mu, sigma))
+        log_likelihood = encoding.log_prob.sum(-1) + self.codec.log_det
+        return Reading(encoding, log_likelihood, self.heads(features.detach() if heads_apart else features), None)
+
+    def read_video(
+        self,
+        frames: UInt8[Tensor, "b n height width 3"],
+        uniform: Float[Tensor, "b t height width 3"],
+        normal: Float[Tensor, "b t h w k"],
+        controls: Float[Tensor, "b t m d"],
+        clock: int | None = None,
+        *,
+        report: bool = False,
+    ) -> tuple[ReleasedStream, None]:
+        """Reads videos that begin here; rows have no clock in common, whatever `clock`, and nothing is reported."""
+        videos = []
+        for row in range(len(frames)):
+            video = Video(self._deep_stream())
+            self._read(video, *(x[row : row + 1] for x in (frames, normal, controls)))
+            videos.append(video)
+        return ReleasedStream(videos), None
+
+    def read_frame(
+        self,
+        stream: ReleasedStream,
+        frames: UInt8[Tensor, "b time height width 3"],
+        uniform: Float[Tensor, "b 1 height width 3"],
+        normal: Float[Tensor, "b 1 h w k"],
+        controls: Float[Tensor, "b m d"],
+    ) -> FrameReport:
+        """Reads the frames of the next step.
+
+        Raises:
+            ValueError: if frames of a row were imagined, which the encoder, that looks back in time, has not seen.
+        """
+        if rows := [row for row, video in enumerate(stream.videos) if not video.observed]:
+            raise ValueError(
+                f"state: expected rows all of whose frames were observed, since the codec looks back in time; got imagined ones in "
+                f"rows {rows}. Reset to the frames."
+            )
+        found = [
+            self._read(video, *(x[row : row + 1] for x in (frames, normal, controls[:, None])))
+            for row, video in enumerate(stream.videos)
+        ]
+        return FrameReport(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def imagine_frame(
+        self,
+        stream: ReleasedStream,
+        noise: Float[Tensor, "b l c"],
+        controls: Float[Tensor, "b m d"],
+        decoding: DecodingConfig,
+        unguided: Float[Tensor, "b m d"] | None = None,
+    ) -> FrameReport:
+        """Decodes the latent frame of the next step from its noise, row by row."""
+        found = [
+            self._imagine(video, noise[row : row + 1], controls[row : row + 1], decoding)
+            for row, video in enumerate(stream.videos)
+        ]
+        return FrameReport(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def show(
+        self, stream: ReleasedStream, features: Float[Tensor, "b l w"], clean: bool
+    ) -> UInt8[Tensor, "b *time height width 3"]:
+        """The frames of the step that was decoded last, with their noise or cleaned by the chunk so far; to be asked for once."""
+        frames = torch.cat([self._show(video, clean) for video in stream.videos])
+        return frames if self.codec.time > 1 else frames[:, 0]
+
+    def check_decoding(self, config: DecodingConfig, name: str) -> None:
+        """Raises a ValueError if what is asked for is not to be had on a released model."""
+        if config.guidance:
+            raise ValueError(
+                f"guidance: expected 0 for {name}, a world on a released model, got {config.guidance}. "
+                "`sfv-world generate` guides by the prompt."
+            )
+        if config.denoise == "lookahead" or config.draft == "learned":
+            raise ValueError(
+                f"denoise, draft: expected 'none' or 'causal' and no 'learned' for {name}, a world on a released model, got "
+                f"{config.denoise!r} and {config.draft!r}."
+            )
+
+    @torch.no_grad()
+    def _read(
+        self,
+        video: Video,
+        frames: UInt8[Tensor, "1 n height width 3"],
+        normal: Float[Tensor, "1 t h w k"],
+        controls: Float[Tensor, "1 t m d"],
+    ) -> FrameReport:
+        """Reads frames of one video; the report is of the last step."""
+        signal = self.codec.signal(frames, memory=video.seen)
+        self.codec.frames(signal, video.shown)  # what is imagined later is shown as following these
+        for tokens, told in zip(
+            self.codec.encode(signal + self.config.noise * normal).unbind(1), controls.unbind(1), strict=True
+        ):
+            latents, stages = self.flow.within_frames(tokens, self.codec.config.grid)
+            self._make_room(video, told)
+            drawn = video.deep.read(latents[:, None])
+            video.chunk.append(Past(tokens, latents, told))
+            video.shallow = dict(enumerate(stages))
+        once = torch.full_like(drawn.report.sweeps, len(stages))
+        shallow = Report(self.flow.log_det(stages, tokens), once, torch.zeros_like(drawn.report.certificate))
+        return _frame_report(drawn, shallow)
+
+    @torch.no_grad()
+    def _imagine(
+        self, video: Video, noise: Float[Tensor, "1 l c"], controls: Float[Tensor, "1 m d"], decoding: DecodingConfig
+    ) -> FrameReport:
+        self._make_room(video, controls)
+        video.deep.decoding = decoding
+        drawn = video.deep.draw(noise)
+        inverse = ShallowInverse(self.flow, self.codec.config.grid, decoding, video.shallow)
+        tokens, shallow = inverse(drawn.latents)
+        video.chunk.append(Past(tokens, drawn.latents, controls))
+        video.shallow, video.observed = inverse.previous, False
+        return _frame_report(drawn, shallow)
+
+    def _show(self, video: Video, clean_first: bool) -> UInt8[Tensor, "1 time height width 3"]:
+        tokens = video.chunk[-1].tokens[:, None]
+        if clean_first:
+            chunk, _, controls = (torch.stack(part, dim=1) for part in zip(*video.chunk, strict=True))
+            told = self.adapter.told(controls, self.text.shape[1])
+            tokens = clean(self.flow, chunk, self.text, self.codec.config.grid, self.config.noise, told)[:, -1:]
+        return self.codec.frames(self.codec.decode(tokens), video.shown)
+
+    def _make_room(self, video: Video, controls: Float[Tensor, "1 m d"]) -> None:
+        """Tells the deep block of the next frame's controls; restarts where a chunk is full."""
+        if len(video.chunk) == self.config.chunk:
+            video.chunk, video.deep = video.chunk[-self.config.context :], self._deep_stream()
+            for past in video.chunk:
+                video.deep.block.told = self.adapter.told(past.controls[:, None])
+                video.deep.read(past.latents[:, None])
+        video.deep.block.told = self.adapter.told(controls[:, None])
+
+    def _deep_stream(self) -> DeepStream:
+        return DeepStream(self.flow, self.text, self.codec.config.grid, self.config.chunk)
+
+    def _text(self, rows: int) -> Float[Tensor, "b k e"]:
+        return self.text.expand(rows, -1, -1)
+
+
+def _frame_report(drawn: Drawn, shallow: Report) -> FrameReport:
+    both = join(drawn.report, shallow)
+    return FrameReport(
+        both.log_prob, drawn.noise, drawn.features, drawn.report.sweeps, shallow.sweeps, both.certificate
+    )
+
+
+def load_adapted(folder: Path, device: str | torch.device = "cpu") -> tuple[AdaptedModel, dict[str, Any]]:
+    """Reads a world on a released model, and what its configuration says about it.
+
+    Raises:
+        ImportError: if `diffusers` is not installed.
+        ValueError: if the folder holds no such world, or its backbone is not there, is another, or does not fit into memory.
+    """
+    config, action_space, about = read_world(folder, AdaptedConfig)
+    backbone, size = (folder / config.backbone).resolve(), (config.codec.height, config.codec.width)
+    if not backbone.is_dir():
+        raise ValueError(
+            f"backbone: expected the released model that {folder} was trained on in {backbone}, found no such folder. "
+            f"Put it there, or name its place in {CONFIG}."
+        )
+    outline = Backbone.outline(backbone, *size)
+    if outline.codec.config != config.codec or fingerprint(backbone) != config.fingerprint:
+        raise ValueError(
+            f"backbone: expected the released model and VAE that {folder} was trained on (checksum {config.fingerprint}), "
+            f"got others in {backbone}. Name their place in {CONFIG}."
+        )
+    tensors = fitting(folder / MODEL, lambda: AdaptedModel(config, action_space, outline), device)
+    model = AdaptedModel(config, action_space, Backbone.load(backbone, *size, device, config.chunk)).to(device)
+    model.load_state_dict(tensors)
+    return model.eval(), about

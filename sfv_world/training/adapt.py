@@ -1,0 +1,58 @@
+"""Begins the training of a control adapter on a released model that stays as it is (`--init ... --freeze-backbone`)."""
+
+import os
+from pathlib import Path
+
+from sfv_world.checkpoint import CONFIG, read_world
+from sfv_world.data.clips import Episodes
+from sfv_world.released.adapted import AdaptedConfig, AdaptedModel
+from sfv_world.released.backbone import Backbone, check_text_encoder, fingerprint
+from sfv_world.released.text import format_prompt, load_text_encoder
+
+FPS = 16
+"""Frames a second that the model is told of where a recording does not say."""
+
+
+def adapt(
+    folder: Path, out: Path, episodes: Episodes, *, prompt: str, noise: float | None, clip: int, device: str
+) -> AdaptedModel:
+    """A model on the released one in `folder`, its adapter not trained yet. Nothing is loaded before all is known to fit.
+
+    Args:
+        folder: made by `sfv-world convert`, with the VAE in `vae` and the T5 encoder in `text_encoder`.
+        out: folder that the world will have.
+        episodes: what it will learn from.
+        prompt: what the model is told to show.
+        noise: standard deviation of the noise on latents; none: that of the published models.
+        clip: frames of a clip.
+        device: where to load it.
+
+    Raises:
+        ImportError: if the extra `released` is not installed.
+        ValueError: if something is missing, does not fit, or is not what a run in `out` began with.
+    """
+    height, width = episodes.frames.shape[1:3]
+    outline = Backbone.outline(folder, height, width, "init")
+    shape, codec, encoder = outline.flow.config, outline.codec.config, folder / "text_encoder"
+    check_text_encoder(encoder, shape)
+    config = AdaptedConfig(
+        backbone=os.path.relpath(folder.resolve(), out.resolve()),
+        fingerprint=fingerprint(folder),
+        codec=codec,
+        noise=shape.noise if noise is None else noise,
+        prompt=prompt,
+    )
+    longest = 1 + (config.chunk - 1) * codec.time
+    if not 1 + codec.time <= clip <= longest:
+        raise ValueError(
+            f"clip: expected {1 + codec.time} to {longest} frames, a step of {codec.time} after the first and a chunk of "
+            f"{config.chunk} latent frames, got {clip}."
+        )
+    if (out / CONFIG).exists() and (before := read_world(out, AdaptedConfig)[0]) != config:
+        raise ValueError(f"resume: expected what the run in {out} began with, {before}, got {config}.")
+    text = format_prompt(prompt, config.noise, height, width, round(episodes.fps or FPS))
+    states = load_text_encoder(encoder, shape.txt_size, device)([text])
+    backbone = Backbone.load(folder, height, width, device, frames=1 + (clip - 1) // codec.time)
+    model = AdaptedModel(config, episodes.action_space, backbone).to(device)
+    model.text.copy_(states)
+    return model

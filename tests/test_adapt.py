@@ -1,0 +1,179 @@
+"""Training on a frozen released model, by the real command: the adapter learns, the backbone stays, and the world is stepped."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from adapted import DISCRETE, make_backbone
+from gymnasium.utils.env_checker import check_env
+from recorded import record
+
+import sfv_world
+from sfv_world import cli
+from sfv_world.checkpoint import load_tensors
+from sfv_world.released.backbone import Backbone
+from sfv_world.training.objective import Batch
+from sfv_world.training.trainer import TrainConfig, Trainer, train
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a recording, `data`, and a released model, `backbone`; tests must not change them."""
+    home = tmp_path_factory.mktemp("adapt")
+    make_backbone(home)
+    record(home / "data", DISCRETE, lengths=(36, 33, 31, 40))
+    return home
+
+
+@pytest.fixture
+def config(home, tmp_path):
+    return TrainConfig(
+        data=home / "data", out=tmp_path / "run", init=home / "backbone", freeze_backbone=True, prompt="a cat", steps=3,
+        clip=10, held_out=0.3, device="cpu",
+    )  # fmt: skip
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
+    out, before = tmp_path / "run", contents(home / "backbone")
+    options = ["--steps", "3", "--clip", "10", "--prompt", "a cat", "--held-out", "0.3", "--device", "cpu"]
+    where = ["--data", str(home / "data"), "--out", str(out), "--init", str(home / "backbone")]
+    cli.main(["train", *where, "--freeze-backbone", *options])
+    assert "held out flow_loss" in capsys.readouterr().out
+    assert contents(home / "backbone") == before
+    assert (out / "samples/000003.mp4").exists()
+    said = json.loads((out / "config.json").read_text())["model"]
+    assert not said["backbone"].startswith("/") and said["prompt"] == "a cat"
+    assert {name.split(".")[0] for name in load_tensors(out / "model.safetensors")[0]} == {
+        "text",
+        "controls",
+        "adapter",
+        "heads",
+    }
+    env = gym.make("sfv_world/World-v0", world=str(out), max_episode_steps=4)
+    assert env.observation_space.shape == (4, 16, 24, 3) and env.action_space == DISCRETE
+    check_env(env.unwrapped, skip_render_check=True)
+    env.reset(seed=0)
+    frames, reward, _, _, info = env.step(1)
+    assert frames.shape == (4, 16, 24, 3) and np.isfinite([reward, info["log_likelihood"]]).all()
+
+
+def test_the_backbone_stays_bit_for_bit_and_the_adapter_learns(config):
+    run = Trainer(replace(config, steps=30, learning_rate=1e-2, batch=4, ema=0.9, warmup=5))
+    backbone = run.model.backbone
+    before = {
+        name: tensor.clone() for part in (backbone.flow, backbone.codec) for name, tensor in part.state_dict().items()
+    }
+    adapter = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    first = run.validate()
+    assert run.config.clip == 9 and run.average.module.backbone is backbone
+    last = run.run()
+    assert last["nats_per_dim"] < first["nats_per_dim"] - 0.01 and last["termination_loss"] < first["termination_loss"]
+    after = {name: tensor for part in (backbone.flow, backbone.codec) for name, tensor in part.state_dict().items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in backbone.flow.parameters())
+    learned = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, adapter[name])}
+    assert learned == adapter.keys() - {"text"}
+    world = sfv_world.load_world(config.out)
+    for name, tensor in run.averaged.state_dict().items():
+        assert torch.equal(tensor, world.model.state_dict()[name])
+    assert world.model.text.abs().sum() > 0
+
+
+def test_two_processes_train_as_one_does(home, tmp_path):
+    shared = dict(
+        data=str(home / "data"), init=str(home / "backbone"), freeze_backbone=True, steps=3, clip=9, batch=4, held_out=0.3,
+        warmup=2, device="cpu",
+    )  # fmt: skip
+    plan, ends = tmp_path / "plan.json", tmp_path / "ends.json"
+    plan.write_text(json.dumps([[n, [{**shared, "out": str(tmp_path / str(n))}]] for n in (1, 2)]))
+    command = [sys.executable, str(Path(__file__).parent / "processes.py"), str(plan), str(ends)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(ends.read_text()) == {"1": ["done"], "2": ["done", "done"]}
+    one, two = (load_tensors(tmp_path / n / "model.safetensors")[0] for n in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_adapter_says_what_the_backbone_says(config):
+    model = Trainer(config).model.eval()
+    frames = torch.randint(256, (2, 9, 16, 24, 3), generator=torch.Generator().manual_seed(0)).byte()
+    tokens = model.noised_tokens(frames, torch.zeros(2, 3, 16, 24, 3), torch.zeros(2, 3, 2, 3, 4))
+    with torch.no_grad():
+        found = model(tokens, torch.ones(2, 3, 12), torch.ones(2, 3, dtype=torch.bool)).encoding
+        plain = model.flow(tokens, model.text.expand(2, -1, -1), (2, 3))
+    assert torch.equal(found.log_prob, plain.log_prob) and torch.equal(found.noise, plain.noise)
+
+
+def test_a_run_resumes_exactly(config, tmp_path):
+    train(replace(config, steps=4, out=tmp_path / "whole"))
+    half = Trainer(replace(config, steps=4))
+    for _ in range(2):
+        half._train_step()
+    half.save({})
+    Trainer(replace(config, steps=4, resume=True)).run()
+    whole, found = (load_tensors(out / "model.safetensors")[0] for out in (tmp_path / "whole", config.out))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
+    with pytest.raises(ValueError, match="resume: expected what the run in .* began with"):
+        Trainer(replace(config, steps=4, resume=True, prompt="a dog"))
+
+
+def test_rewards_and_ends_of_a_step_are_those_of_its_frames(config):
+    run = Trainer(replace(config, clip=13))
+    clips = run.sampler.clips(np.array([run.train.ends[0] - 8]))
+    clips = replace(clips, rewards=np.arange(13, dtype=np.float32)[None] * clips.valid)
+    batch = Batch.from_clips(clips, run.model)
+    # Eight frames are recorded: the first, one whole step, and three of the next, with the last of which the episode ended.
+    assert batch.rewards.tolist() == [[0, 1 + 2 + 3 + 4, 5 + 6 + 7, 0]]
+    assert batch.terminations.tolist() == [[False, False, True, False]]
+    assert batch.valid.tolist() == [[True, True, True, False]] and batch.terminal.tolist() == [
+        [False, False, True, False]
+    ]
+    assert batch.actions.shape == (1, 4, 12) and batch.known.tolist() == [[False, True, True, True]]
+    assert torch.equal(batch.actions[0, 0], torch.zeros(12)) and batch.actions[0, 1].sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"init": None}, r"freeze_backbone: expected the folder of a released model in init, got none.*--init"),
+        ({"patch": 2}, r"freeze_backbone: expected --parallel ddp and no codec, patch or bands.*got ddp, None, 2"),
+        ({"parallel": "fully-shard"}, r"freeze_backbone: expected --parallel ddp"),
+        ({"freeze_backbone": False}, r"prompt: expected none without --freeze-backbone, got 'a cat'"),
+        ({"freeze_backbone": False, "prompt": ""}, r"expected a world, got a released model.*--freeze-backbone"),
+        ({"clip": 3}, r"clip: expected 5 to 81 frames.*got 3"),
+        ({"clip": 82}, r"clip: expected 5 to 81 frames.*got 82"),
+        ({"init": "data"}, r"data: expected the folder of a converted model"),
+        ({"init": "own"}, r"init: expected a folder made by `sfv-world convert`, got .*own"),
+        ({"data": "odd"}, r"height, width: expected multiples of 8 pixels.*got frames of 20 x 24.*collect"),
+        ({"init": "no-text"}, r"no-text/text_encoder: expected the folder of a T5 encoder"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_anything_is_loaded(home, config, tmp_path, monkeypatch, change, expected):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "config.json").write_text(json.dumps({"format": 2}))
+    (own / "model.safetensors").write_bytes(b"")
+    if change.get("init") == "no-text":
+        (tmp_path / "no-text").mkdir()
+        for path in (home / "backbone").iterdir():
+            if path.name != "text_encoder":
+                (tmp_path / "no-text" / path.name).symlink_to(path)
+    if "data" in change:
+        record(tmp_path / "odd", DISCRETE, height=20)
+    folders = {"data": home / "data", "own": own, "odd": tmp_path / "odd", "no-text": tmp_path / "no-text"}
+    change = {name: folders.get(value, value) for name, value in change.items()}
+    monkeypatch.setattr(Backbone, "load", lambda *arguments, **options: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=expected):
+        train(replace(config, **change))
+    assert not config.out.exists()

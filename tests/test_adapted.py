@@ -1,0 +1,268 @@
+"""Worlds on a released model: the adapter's law, streams equal parallel passes, and the contracts of environments."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from adapted import HEIGHT, WIDTH, make_backbone, make_model, make_world
+from gymnasium.utils.env_checker import check_env
+from tiny import normal
+
+import sfv_world
+from sfv_world import World
+from sfv_world.codec.vae import to_frames, to_pixels
+from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.released import backbone, memory
+from sfv_world.released.adapted import AdaptedConfig, load_adapted
+
+
+@pytest.fixture(scope="module", params=[4, 1], ids=["time-4", "time-1"])
+def folder(request, tmp_path_factory):
+    """Folder of a world whose step has so many frames; tests must not change it."""
+    home = tmp_path_factory.mktemp("adapted")
+    released = make_backbone(home, request.param, denoiser=request.param == 4)
+    return make_world(home / "world", make_model(released), released)
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    return sfv_world.load_world(folder)
+
+
+def video(world, rows, steps, seed=0):
+    """Frames of whole steps, the first one a frame alone, and the actions between them."""
+    rng, count = np.random.default_rng(seed), 1 + (steps - 1) * world.time
+    return rng.integers(0, 256, (rows, count, HEIGHT, WIDTH, 3), np.uint8), rng.integers(0, 3, (rows, count - 1))
+
+
+def close(actual, expected, atol=1e-3):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+# The adapter ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_untrained_adapter_changes_nothing_bit_for_bit(tmp_path, dtype):
+    model = make_model(make_backbone(tmp_path), scale=0)
+    flow = model.flow
+    for block in flow.blocks:
+        block.attn_blocks.to(dtype)
+    tokens, grid = normal(2, 3, 6, 4), model.codec.config.grid
+    text = model.text.expand(2, -1, -1)
+    plain = flow(tokens, text, grid)
+    actions, known = normal(2, 3, 12, seed=1), torch.ones(2, 3, dtype=torch.bool)
+    adapted = model(tokens, actions, known).encoding
+    for mine, theirs in zip((*adapted[:4], *adapted.fields), (*plain[:4], *plain.fields), strict=True):
+        assert torch.equal(mine, theirs)
+    # One that is trained changes the latents' density, and nothing of what comes before the deep block or the action.
+    with torch.no_grad():
+        model.adapter.layers[0].gate += 1.0
+    moved = model(tokens, actions, known).encoding
+    assert torch.equal(moved.latents, plain.latents) and not torch.equal(moved.fields.mu, plain.fields.mu)
+    other = model(tokens, torch.cat([actions[:, :2], -actions[:, 2:]], dim=1), known).encoding
+    assert torch.equal(other.noise[:, :2], moved.noise[:, :2]) and not torch.equal(other.noise[:, 2], moved.noise[:, 2])
+
+
+def test_the_backbone_is_no_part_of_the_models_weights(world):
+    names = {name.split(".")[0] for name in world.model.state_dict()}
+    assert names == {"text", "controls", "adapter", "heads"}
+    assert not any(p.requires_grad for p in (*world.model.flow.parameters(), *world.model.codec.parameters()))
+
+
+def test_tokens_are_those_that_the_released_model_makes_of_latents(world):
+    frames = torch.from_numpy(video(world, 2, 3)[0])
+    codec, flow = world.model.codec, world.model.flow
+    latents = codec.vae.encode(to_pixels(frames))
+    signal = codec.signal(frames)
+    assert torch.equal(codec.encode(signal), flow.tokens(latents)) and codec.log_det == 0
+    assert torch.equal(codec.decode(codec.encode(signal)), signal)
+    assert torch.equal(codec.frames(signal), to_frames(codec.vae.decode(latents)))
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_begin_with_the_last_frames_of_the_one_before():
+    config = AdaptedConfig.chunks
+    given = type("Given", (), {"chunk": 4, "context": 2})()
+    found = [(at.start, at.stop, before) for at, before in config(given, 9)]
+    assert found == [(0, 4, 0), (2, 6, 2), (4, 8, 2), (6, 9, 2)]
+
+
+def test_observing_step_by_step_is_scoring_in_parallel(world):
+    steps = 8  # two restarts
+    frames, actions = video(world, 2, steps)
+    score = world.score(frames, actions, seeds=[3, 5])
+    assert score.log_likelihood.shape == (2, steps)
+    state = world.reset(frames[:, :1], seeds=[3, 5])
+    for step in range(1, steps):
+        first = 1 + (step - 1) * world.time
+        shown = frames[:, first : first + world.time] if world.time > 1 else frames[:, first]
+        acted = actions[:, first - 1 : first - 1 + world.time]
+        state, output = world.observe(state, acted, shown, held=False)
+        close(output.log_likelihood, score.log_likelihood[:, step], atol=2e-3)
+        close(output.termination_probability, score.termination_probability[:, step], atol=1e-5)
+        torch.testing.assert_close(output.rewards, score.rewards[:, step], rtol=1e-4, atol=1e-3)
+        assert np.array_equal(output.frames, shown) and output.bits_per_dim.shape == (2,)
+
+
+@pytest.mark.parametrize("denoise", ["none", "causal"])
+def test_what_is_said_of_imagined_steps_is_that_of_a_parallel_pass(world, denoise):
+    world = World(world.model, DecodingConfig(block=4, denoise=denoise), world.starts)
+    state = world.start([0, 1, 2])
+    begun = state[:].stream
+    outputs, tokens, controls = [], [], []
+    for actions in ([0, 1, 2], [2, 2, 0], [1, 0, 0], [0, 0, 1], [2, 1, 0]):
+        state, output = world.step(state, actions)
+        outputs.append(output)
+        tokens.append(state.stream.tokens)
+        controls.append(torch.cat([video.chunk[-1].controls for video in state.stream.videos]))
+        assert output.frames.shape == (3, *world.observation_shape) and output.certificate.max() < 1e-3
+    model = world.model
+    start = [[torch.cat([video.chunk[n][part] for video in begun.videos]) for n in range(3)] for part in (0, 2)]
+    whole, told = torch.stack(start[0] + tokens, dim=1), torch.stack(start[1] + controls, dim=1)
+    with torch.no_grad():
+        for at, before in model.config.chunks(8):
+            encoding = model.flow(
+                whole[:, at], model.text.expand(3, -1, -1), model.codec.config.grid, model.adapter.told(told[:, at], 6)
+            )
+            for n in range(max(before, 3 - at.start), at.stop - at.start):
+                output = outputs[at.start + n - 3]
+                close(output.log_likelihood, encoding.log_prob[:, n].sum(-1), atol=5e-3)
+                close(output.noise, encoding.noise[:, n])
+
+
+def test_rows_are_alone_and_copies_go_on_alike(world):
+    state = world.start([4, 5])
+    copy, alone = state[[1, 0, 1]], world.start([5])
+    for actions in ([0, 1], [2, 1], [0, 0], [1, 1]):
+        state, both = world.step(state, actions)
+        copy, three = world.step(copy, [actions[1], actions[0], actions[1]])
+        alone, one = world.step(alone, actions[1:])
+        for mine, theirs, own in zip(both, three, one, strict=True):  # to the rounding of the control encoder
+            close(mine[[1, 0, 1]].float(), theirs.float(), atol=1.0 if mine is both.frames else 1e-3)
+            close(mine[1:].float(), own.float(), atol=1.0 if mine is both.frames else 1e-3)
+    assert not torch.equal(both.frames[0], both.frames[1])
+
+
+def test_actions_change_what_follows(world):
+    state = world.start([0])
+    _, one = world.step(state[:], [0])
+    _, same = world.step(state[:], [[0] * world.time], held=False)
+    assert torch.equal(one.frames, same.frames)
+    _, other = world.step(state[:], [1])
+    _, unknown = world.step(state, None)
+    assert not torch.equal(one.frames, other.frames) and not torch.equal(one.frames, unknown.frames)
+
+
+def test_the_first_frame_alone_is_shown_as_a_still(world):
+    frames, _ = video(world, 2, 1)
+    state = world.reset(frames)
+    assert state.frames.shape == (2, *world.observation_shape)
+    assert (state.frames.numpy().reshape(2, -1, HEIGHT, WIDTH, 3) == frames).all()
+    frames, actions = video(world, 2, 3)
+    shown = world.reset(frames, actions).frames.numpy().reshape(2, -1, HEIGHT, WIDTH, 3)
+    assert np.array_equal(shown, frames[:, -world.time :])
+
+
+# Environments --------------------------------------------------------------------------------------------------------
+
+
+def test_gymnasium_accepts_it(folder, world):
+    env = gym.make("sfv_world/World-v0", world=str(folder), render_mode="rgb_array", max_episode_steps=3)
+    shape = (4, HEIGHT, WIDTH, 3) if world.time == 4 else (HEIGHT, WIDTH, 3)
+    assert env.observation_space == gym.spaces.Box(0, 255, shape, np.uint8) and env.action_space == gym.spaces.Discrete(
+        3
+    )
+    assert env.metadata["render_fps"] == 8.0 / world.time
+    check_env(env.unwrapped, skip_render_check=True)
+    frames, actions = video(world, 1, 2)
+    first, _ = env.reset(seed=0, options={"frames": frames[0], "actions": actions[0]})
+    assert np.array_equal(first.reshape(-1, HEIGHT, WIDTH, 3), frames[0, -world.time :])
+    shown, reward, _, _, info = env.step(1)
+    assert env.observation_space.contains(shown) and np.isfinite([reward, info["log_likelihood"]]).all()
+    assert np.array_equal(env.render(), shown.reshape(-1, HEIGHT, WIDTH, 3)[-1]) and info["certificate"] < 1e-3
+    saved = env.unwrapped.save_state()
+    again = [env.step(2)[0]]
+    env.unwrapped.restore_state(saved)
+    again.append(env.unwrapped.step(2)[0])
+    assert np.array_equal(*again)
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_rows_are_single_environments(folder, world, mode):
+    """Each row, wherever it begins anew, is what an environment with its seed is."""
+    envs = WorldVectorEnv(2, world=world, max_episode_steps=2, autoreset_mode=mode)
+    single = [gym.make("sfv_world/World-v0", world=world, max_episode_steps=2) for _ in range(2)]
+    found, _ = envs.reset(seed=7)
+    assert envs.observation_space.shape == (2, *world.observation_shape)
+    ended = [False, False]
+    for row, env in enumerate(single):
+        assert np.array_equal(env.reset(seed=7 + row)[0], found[row])
+    for actions in np.random.default_rng(0).integers(0, 3, (7, 2)):
+        found, rewards, *_ = envs.step(actions)
+        for row, env in enumerate(single):
+            if mode == "NextStep" and ended[row]:
+                ended[row], frames = False, env.reset()[0]
+            else:
+                frames, reward, terminated, truncated, _ = env.step(actions[row])
+                ended[row] = terminated or truncated
+                assert reward == pytest.approx(rewards[row], abs=1e-3)
+                if mode == "SameStep" and ended[row]:
+                    frames = env.reset()[0]
+            assert np.abs(frames.astype(int) - found[row]).max() <= 1  # the control encoder rounds otherwise
+
+
+# Files and mistakes --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_the_adapter_alone_and_reads_the_same(folder, world):
+    size = (folder / "model.safetensors").stat().st_size
+    assert size < 5 * sum(p.numel() for p in world.model.parameters()) + 10_000
+    again = sfv_world.load_world(folder)
+    assert again.checksum == world.checksum and again.decoding.denoise == "causal"
+
+
+def test_mistakes_are_told(folder, world, tmp_path):
+    frames, actions = video(world, 1, 3)
+    state, _ = world.step(world.start([0]), [0])
+    observed = frames[:, : world.time] if world.time > 1 else frames[:, 0]
+    with pytest.raises(ValueError, match=r"state: expected rows all of whose frames were observed.*in rows \[0\]"):
+        world.observe(state, [0], observed)
+    world.step(state, [0])  # it was not used up
+    with pytest.raises(ValueError, match="kept in memory only"):
+        world.save_state(world.start([0]), tmp_path / "state")
+    with pytest.raises(ValueError, match="expected a world of its own weights to abduct"):
+        world.abduct(frames, actions)
+    for wrong in ({"denoise": "lookahead"}, {"guidance": 1.0}, {"draft": "learned"}):
+        with pytest.raises(ValueError, match=r"expected .* for world, a world on a released model"):
+            gym.make("sfv_world/World-v0", world=str(folder), **wrong).reset(seed=0)
+    if world.time == 4:
+        with pytest.raises(ValueError, match=r"frames: expected 1 \+ a multiple of the 4 frames of a step, got 4"):
+            world.reset(frames[:, :4])
+
+
+def test_memory_is_counted_before_loading(folder, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1e4)
+    monkeypatch.setattr(backbone, "load_released", lambda *arguments, **options: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"memory: expected .*keys and values, deep block .*Give a larger device"):
+        sfv_world.load_world(folder)
+
+
+def test_a_world_without_its_backbone_is_told(tmp_path):
+    released = make_backbone(tmp_path)
+    folder = make_world(tmp_path / "world", make_model(released), released)
+    with pytest.raises(ValueError, match=r"expected a world, got a released model.*--freeze-backbone"):
+        sfv_world.load_world(released)
+    with pytest.raises(ValueError, match="world: expected one of its own weights"):
+        sfv_world.load_world(folder, released=False)
+    released.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"backbone: expected the released model .*found no such folder.*config.json"):
+        load_adapted(folder)
+    (tmp_path / "second").mkdir()
+    make_backbone(tmp_path / "second", denoiser=False).rename(released)
+    with pytest.raises(ValueError, match=r"backbone: expected the released model and VAE that .* was trained on"):
+        load_adapted(folder)
