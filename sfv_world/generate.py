@@ -25,13 +25,14 @@ from sfv_world.released.load import load_released
 from sfv_world.released.memory import Need, check_memory, stored_numbers
 from sfv_world.released.plan import sampling_needs
 from sfv_world.released.text import PromptCache, format_prompt
+from sfv_world.training.distributed import Group, joined
 
 VIDEO, IMAGE = (480, 848, 81), (256, 256, 1)
 """Height, width and frames that models of videos and of images were made for."""
 
 SMALLER = (
-    "Give fewer pixels (--height, --width), a smaller --clip.chunk, no guidance (--clip.guidance 0), --dtype bfloat16 or a "
-    "larger device."
+    "Give fewer pixels (--height, --width), a smaller --clip.chunk, no guidance (--clip.guidance 0), --dtype bfloat16, a "
+    "larger device or several (torchrun --nproc-per-node 2 -m sfv_world generate ...)."
 )
 ELSEWHERE = "Give --dtype bfloat16, or run once where there is room and bring the folder of --prompts."
 
@@ -128,21 +129,30 @@ def prepare(config: GenerateConfig) -> Job:
     return Job(shape, codec, height, width, frames, replace(clip, noise=clip.noise or shape.noise))
 
 
-def needs(config: GenerateConfig, job: Job) -> list[Need]:
-    """What drawing the clip holds at once."""
-    latent_frames = min(job.codec.latent_frames(job.frames), job.clip.chunk)
-    guided = job.clip.guidance > 0
-    return sampling_needs(job.shape, job.codec, job.height, job.width, latent_frames, config.dtype, guided)
+def needs(config: GenerateConfig, job: Job, devices: int = 1) -> list[Need]:
+    """What drawing the clip holds at once, on each of the devices that share the deep block."""
+    latent_frames, guided = min(job.codec.latent_frames(job.frames), job.clip.chunk), job.clip.guidance > 0
+    size = (job.height, job.width, latent_frames)
+    return sampling_needs(job.shape, job.codec, *size, config.dtype, guided, devices)
 
 
 def generate(config: GenerateConfig) -> Clip:
     """Makes a film or a picture, prints what is known of it, and returns the clip.
+
+    Processes that `torchrun` started draw one clip together: each keeps a share of the deep block, for models that do not fit
+    a single device. The first one writes it.
 
     Raises:
         ImportError: if the extra `released` is not installed.
         ValueError: if parts are missing, damaged, or do not fit each other or into memory. Nothing is written then but
             states of prompts.
     """
+    with joined(config.device) as group:
+        return _generate(replace(config, device=group.device), group)
+
+
+def _generate(config: GenerateConfig, group: Group) -> Clip:
+    """One process's part in it."""
     job, device, dtype = prepare(config), torch.device(config.device), getattr(torch, config.dtype)
     image = None if config.image is None else read_image(config.image, job.height, job.width)
     captions = [config.prompt, ""] if job.clip.guidance else [config.prompt]
@@ -150,21 +160,24 @@ def generate(config: GenerateConfig) -> Clip:
     prompts = [format_prompt(text, job.clip.noise or job.shape.noise, job.height, job.width, fps) for text in captions]
     encoder = config.text_encoder or config.world / "text_encoder"
     cache = PromptCache(encoder, config.prompts or config.world / "prompts", job.shape.txt_size)
-    check_memory(needs(config, job), device, SMALLER)
+    check_memory(needs(config, job, group.size), device, SMALLER)
     if cache.missing(prompts):
         numbers = stored_numbers(encoder, ("encoder.", "shared."))
         check_memory([Need("T5 encoder", float(dtype.itemsize * numbers))], device, ELSEWHERE)
     states = cache.states(prompts, device, dtype).to(device)
     codec = load_codec(config.vae or config.world / "vae", device, dtype)
-    flow = load_released(config.world, job.shape, device, dtype).requires_grad_(False)
+    flow = load_released(config.world, job.shape, device, dtype, spread=group.size > 1).requires_grad_(False)
     start = None if image is None else codec.encode(to_pixels(image[None, None]).to(device))
     latent_frames = codec.latent_frames(job.frames)
     drawn = latent_frames - (start is not None)
-    with tqdm(total=drawn + latent_frames, desc="deep flow, decoder", unit="latent frame") as bar:
+    total = drawn + latent_frames
+    with tqdm(total=total, desc="deep flow, decoder", unit="latent frame", disable=not group.first) as bar:
         clip = draw_clips(
             flow, codec, states[:1], job.grid, latent_frames, job.clip,
             unconditional=states[1:] if job.clip.guidance else None, start=start, progress=lambda stage: bar.update(),
         )  # fmt: skip
+    if not group.first:
+        return clip
     frames = clip.frames[0, : job.frames].numpy()
     if job.shape.shallow_block_local:
         write_video(config.out, frames, float(config.fps), scale=1)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -11,10 +12,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from released import TINY, close
 from test_text import LENGTH, save_encoder
 from test_vae import image_vae, wan_vae
 from tiny import randomised
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sfv_world.generate as generating
 from sfv_world import cli
@@ -82,6 +86,46 @@ def test_the_command_makes_a_film_that_restarts(world, tmp_path, capsys):
     assert "10/10" in told.err  # five latent frames in the deep flow, and five decoded
 
 
+def test_processes_that_share_the_deep_block_make_the_same_film(config, world, tmp_path):
+    options = [
+        "--prompt",
+        config.prompt,
+        "--frames",
+        "9",
+        "--clip.chunk",
+        "3",
+        "--clip.context",
+        "1",
+        "--clip.guidance",
+        "1.5",
+    ]
+    options += ["--clip.seed", "2", "--clip.decoding.block", "1", "--device", "cpu", "--dtype", "float32", *SIZE]
+    options += ["--prompts", str(tmp_path / "prompts"), "--world", str(world), "--out", str(tmp_path / "shared.mp4")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "sfv_world", "generate", *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("9 frames of 32 x 48, 3 latent frames drawn") == 1  # only one of them speaks
+    generate(replace(config, prompts=tmp_path / "prompts"))
+    (shared, _), (alone, _) = read_film(tmp_path / "shared.mp4"), read_film(config.out)
+    assert np.array_equal(shared, alone)
+
+
+def test_each_process_keeps_its_share_of_the_deep_block(world):
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        whole, spread = load_released(world), load_released(world, spread=True)
+    finally:
+        dist.destroy_process_group()
+    deep = f"blocks.{len(whole.blocks) - 1}.attn_blocks."
+    for (name, mine), theirs in zip(spread.named_parameters(), whole.parameters(), strict=True):
+        assert isinstance(mine, DTensor) == name.startswith(deep)
+        if isinstance(mine, DTensor):
+            assert torch.equal(mine.to_local(), theirs.chunk(2)[1])
+
+
 @torch.no_grad()
 def test_a_film_is_the_parts_one_after_the_other(config, world, tmp_path):
     config = replace(config, prompts=tmp_path / "prompts")
@@ -147,9 +191,11 @@ def test_no_caption_is_no_guidance_and_known_prompts_need_no_encoder(config, tmp
 
 def test_memory_is_counted_before_loading(config, world, monkeypatch):
     job = prepare(config)
-    counted = {need.what: need.size for need in needs(config, job)}
+    counted, shared = ({need.what: need.size for need in needs(config, job, devices)} for devices in (1, 2))
+    flow = load_released(world)
     assert counted["VAE"] == sum(p.numel() * 4 for p in wan_vae().parameters())
-    assert counted["weights"] == sum(p.numel() * 4 for p in load_released(world).parameters())
+    assert counted["weights"] == sum(p.numel() * 4 for p in flow.parameters())
+    assert counted["weights"] - shared["weights"] == sum(p.numel() * 2 for p in flow.block(-1).parameters())
     encoder = save_encoder(world.parent / "again")
     assert stored_numbers(world / "text_encoder") == sum(p.numel() for p in encoder.parameters())
     assert stored_numbers(world / "text_encoder", ("nothing",)) == 0

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sfv_world.released.config import PRESETS, ReleasedConfig, find_config
 from sfv_world.released.model import ReleasedFlow
@@ -177,6 +181,7 @@ def load_released(
     config: ReleasedConfig | str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    spread: bool = False,
 ) -> ReleasedFlow:
     """A model from a released checkpoint or a converted folder, in evaluation mode; tensor by tensor, never held twice.
 
@@ -186,6 +191,8 @@ def load_released(
             preset whose tensors are these.
         device: where to put it.
         dtype: what the layers compute in; projections, norms and affine algebra stay in float32.
+        spread: whether the processes of torch's default group share the deep block, which all of them must then run alike: each
+            keeps a shard of its layers (`fully_shard`), and a layer is whole only while it is used.
 
     Raises:
         ValueError: if the file cannot be read, wants to run code, or its tensors do not fit the configuration.
@@ -197,8 +204,14 @@ def load_released(
     shape, found = fit(stored, config)
     with torch.device("meta"):
         flow = ReleasedFlow(shape)
-    tensors = _converted(stored, found, torch.device(device), dtype)
-    flow.load_state_dict(dict(tensors), assign=True)
+    device = torch.device(device)
+    if spread:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for layer in flow.block(-1).attn_blocks:
+            fully_shard(layer.to(dtype), mesh=mesh)
+    places = dict(flow.named_parameters())
+    tensors = {name: _share(whole, places[name]) for name, whole in _converted(stored, found, device, dtype)}
+    flow.load_state_dict(tensors, assign=True)
     return flow.eval()
 
 
@@ -207,3 +220,10 @@ def _converted(
 ) -> Iterable[tuple[str, Tensor]]:
     for name in names:
         yield name, stored.read(name).to(device, kept_in(name, dtype))
+
+
+def _share(whole: Tensor, place: Tensor) -> Tensor:
+    """What this process keeps of a parameter, which has the same place in all of them."""
+    if not isinstance(place, DTensor):
+        return whole
+    return distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None)

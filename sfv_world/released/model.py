@@ -132,7 +132,8 @@ class FlowBlock(Transformer):
         """An empty cache for `rows` sequences of `slots` slots, text included."""
         weight = self.layer_weight
         shape = (len(self.attn_blocks), rows, len(weight) // self.head_dim, slots, self.head_dim)
-        return SequenceCache(weight.new_empty(shape), weight.new_empty(shape))
+        keys, values = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        return SequenceCache(keys, values)
 
 
 class ReleasedFlow(nn.Module):

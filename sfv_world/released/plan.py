@@ -31,6 +31,8 @@ class InfoConfig:
     """Columns of tokens in a frame."""
     batch: int = 1
     """Videos at once."""
+    devices: int = 1
+    """Devices that share the weights of the deep block (`torchrun`)."""
     guided: bool = True
     """Whether sampling is guided, which doubles the deep block's rows."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -49,7 +51,19 @@ class InfoConfig:
     """The share of the peak that large matrix products reach."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "rows", "columns", "batch", "block", "sweeps", "memory", "bandwidth", "tflops", "share"):
+        for name in (
+            "frames",
+            "rows",
+            "columns",
+            "batch",
+            "devices",
+            "block",
+            "sweeps",
+            "memory",
+            "bandwidth",
+            "tflops",
+            "share",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -92,7 +106,7 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
     deep_cache = 2 * depth * config.deep_width * slots * size * sequences
     shallow_cache = 2 * max(shallow, default=0) * config.channels * place * size * work.batch
     memory = {
-        "weights": deep_weights + shallow_weights + denoiser_weights,
+        "weights": deep_weights / work.devices + shallow_weights + denoiser_weights,
         "keys and values, deep block": deep_cache,
         "keys and values, one shallow block, one frame": shallow_cache,
         # The residual stream, queries, keys and values, and the inside of the MLP before and after its activation.
@@ -136,12 +150,13 @@ def sampling_needs(
     frames: int,
     dtype: Literal["bfloat16", "float32"],
     guided: bool = False,
+    devices: int = 1,
 ) -> list[Need]:
-    """What drawing a chunk of latent frames, of so many pixels, and decoding it holds at once."""
+    """What drawing a chunk of latent frames, of so many pixels, and decoding it holds at once, on each of `devices`."""
     side = codec.space * shape.patch_size
     rows, columns = height // side, width // side
     size = f"{frames} frames of {rows} x {columns} tokens"
-    work = InfoConfig(size, frames=frames, rows=rows, columns=columns, guided=guided, dtype=dtype)
+    work = InfoConfig(size, frames=frames, rows=rows, columns=columns, devices=devices, guided=guided, dtype=dtype)
     memory = plan(shape, work).memory
     flow = [Need(what, 1e9 * gigabytes) for what, gigabytes in memory.items()]
     if not shape.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
@@ -166,7 +181,7 @@ def info(config: InfoConfig) -> Plan:
         f"{config.batch} x {config.frames} frames of {config.rows} x {config.columns} tokens after {model.txt_size} of text, "
         f"{guided}, {config.dtype}",
         "",
-        "memory, GB",
+        f"memory{' of each device' if config.devices > 1 else ''}, GB",
         *(f"  {name:<52}{value:>9.1f}" for name, value in found.memory.items()),
         f"  {'all, of ' + format(config.memory, 'g'):<52}{total:>9.1f}"
         + ("" if total <= config.memory else "  does not fit"),
