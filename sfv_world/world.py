@@ -26,6 +26,7 @@ from sfv_world.flow.shallow import BandFlow
 from sfv_world.graphs import Recorder
 from sfv_world.model import WorldModel
 from sfv_world.released.adapted import AdaptedModel
+from sfv_world.released.stream import ReleasedStream
 from sfv_world.state import Held, WorldOutput, WorldState
 from sfv_world.transfer import to_device
 
@@ -356,7 +357,9 @@ class World:
             state.held = Held(output, report.features, goes_on)
         return state
 
-    def _imagine(self, stream: StreamState, z: Tensor, draws: Tensor, vectors: Tensor, known: Tensor) -> Held:
+    def _imagine(
+        self, stream: StreamState | ReleasedStream, z: Tensor, draws: Tensor, vectors: Tensor, known: Tensor
+    ) -> Held:
         """The next frame, made of its noise `z` and `draws`; advances `stream`, and asks the device for nothing."""
         controls, guided = self.model.controls(vectors, known), self.decoding.guidance > 0
         unguided = self.model.controls(vectors, torch.zeros_like(known)) if guided else None
