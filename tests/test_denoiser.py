@@ -149,7 +149,7 @@ def _reports(world: World) -> list[FrameReport]:
     """The reports of the frames of `steps`, read again."""
     start, reports = world.reset(FRAMES), []
     for n, (tokens, _) in enumerate(steps(world)):
-        controls = world._controls(start, ACTIONS[:, n])
+        controls = world.model.controls(*world._actions(start, ACTIONS[:, n]))
         reports.append(read_frame(world.model.flow, start.stream, tokens, controls))
     return reports
 

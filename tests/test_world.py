@@ -424,13 +424,13 @@ def test_guidance_moves_a_frame_away_from_what_needs_no_action(build_world, kind
     tokens = after.stream.tokens
     with_action, without = (
         read_frame(plain.model.flow, state[:].stream, tokens, controls).log_prob.sum(-1)
-        for controls in (plain._controls(state, ACTIONS[:, 1]), plain._controls(state, None))
+        for controls in (plain.model.controls(*plain._actions(state, known)) for known in (ACTIONS[:, 1], None))
     )
     assert torch.allclose(with_action + plain.model.codec.log_det, output.log_likelihood, rtol=1e-4, atol=0.5)
     unmoved = plain.step(state[:], ACTIONS[:, 1])[0].stream.tokens
     before = [
         read_frame(plain.model.flow, state[:].stream, unmoved, controls).log_prob.sum(-1)
-        for controls in (plain._controls(state, ACTIONS[:, 1]), plain._controls(state, None))
+        for controls in (plain.model.controls(*plain._actions(state, known)) for known in (ACTIONS[:, 1], None))
     ]
     assert ((with_action - without) > (before[0] - before[1])).float().mean() > 0.5
     assert not torch.equal(theirs.frames, ours.frames)
