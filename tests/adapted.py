@@ -27,11 +27,13 @@ DISCRETE = spaces.Discrete(3)
 def make_backbone(folder: Path, time: int = 4, denoiser: bool = True) -> Path:
     """A folder with all the parts of a released model of videos, whose VAE compresses time by 4 or 1."""
     shape = replace(SHAPE, learnable_self_denoiser=denoiser)
-    torch.save(randomised(ReleasedFlow(shape), scale=0.05).state_dict(), folder / "tiny.pth")
-    (folder / "tiny.json").write_text(json.dumps(shape.__dict__))
-    backbone = convert(ConvertConfig(folder / "tiny.pth", folder / "backbone", str(folder / "tiny.json")))
-    wan_vae(temperal_downsample=[False, time > 1, time > 1]).save_pretrained(backbone / "vae")
-    save_encoder(backbone / "text_encoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(randomised(ReleasedFlow(shape), scale=0.05).state_dict(), folder / "tiny.pth")
+        (folder / "tiny.json").write_text(json.dumps(shape.__dict__))
+        backbone = convert(ConvertConfig(folder / "tiny.pth", folder / "backbone", str(folder / "tiny.json")))
+        wan_vae(temperal_downsample=[False, time > 1, time > 1]).save_pretrained(backbone / "vae")
+        save_encoder(backbone / "text_encoder")
     return backbone
 
 
