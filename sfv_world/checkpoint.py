@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.model import ModelConfig, WorldModel
 
-FORMAT = 2
+FORMAT = 3
 CONFIG, MODEL, STARTS = "config.json", "model.safetensors", "starts.safetensors"
 DECODING = "decoding.json"
 CODEC, CODEC_FORMAT = "codec.safetensors", 1

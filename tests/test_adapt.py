@@ -162,7 +162,7 @@ def test_rewards_and_ends_of_a_step_are_those_of_its_frames(config):
 def test_what_does_not_fit_is_told_before_anything_is_loaded(home, config, tmp_path, monkeypatch, change, expected):
     own = tmp_path / "own"
     own.mkdir()
-    (own / "config.json").write_text(json.dumps({"format": 2}))
+    (own / "config.json").write_text(json.dumps({"format": 3}))
     (own / "model.safetensors").write_bytes(b"")
     if change.get("init") == "no-text":
         (tmp_path / "no-text").mkdir()
