@@ -1,14 +1,10 @@
-"""The world in verbs: reset, step, observe, score; a batch of rows on one device.
-
-A frame's randomness is a pure function of its row's seed and its number since the reset, so the same seed and actions
-give the same frames, whatever the other rows do and however often a state was copied, saved or moved.
-"""
+"""The world in verbs: reset, step, observe, score; a batch of rows on one device, each with its own randomness (`chance`)."""
 
 import math
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsInt
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -16,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from sfv_world import chance
 from sfv_world.checkpoint import STARTS, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.decoding.frames import FrameReport, StreamState, read_frame
@@ -23,6 +20,7 @@ from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.denoiser import Seen
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import BandFlow
+from sfv_world.given import given_frames, given_noise, given_seeds
 from sfv_world.graphs import Recorder
 from sfv_world.model import WorldModel
 from sfv_world.released.adapted import AdaptedModel
@@ -185,7 +183,7 @@ class World:
         Raises:
             ValueError: if shapes, types or values are not what the world expects.
         """
-        frames = self._frames(frames, "(B, K", self.frame_shape)
+        frames = given_frames(frames, "(B, K", self.frame_shape, self.device)
         if noised and not self.model.codec.shows_noise:
             raise ValueError(
                 f"noised: expected False, as {self.name} is a world of latents, whose decoder takes the noise out of the frames "
@@ -193,14 +191,14 @@ class World:
             )
         rows, count = frames.shape[:2]
         vectors, known = self._past_actions(actions, rows, count)
-        return self._reset(frames, vectors, known, self._seeds(seeds, rows), clock, noised)
+        return self._reset(frames, vectors, known, given_seeds(seeds, rows), clock, noised)
 
     @torch.no_grad()
     def start(self, seeds: Any, clock: int | None = None) -> WorldState:
         """Begins a row for every seed at one of the start frames that came with the world, chosen by the seed."""
         if self.starts is None:
             raise ValueError(f"{self.name}: expected start frames in {STARTS}, found none. Pass frames to reset.")
-        seeds = self._seeds(seeds, len(np.atleast_1d(seeds)))
+        seeds = given_seeds(seeds, len(np.atleast_1d(seeds)))
         count = len(self.starts["frames"])
         chosen = torch.tensor([int(np.random.default_rng([int(seed), 1]).integers(count)) for seed in seeds])
         frames = to_device(self.starts["frames"][chosen], self.device)
@@ -228,7 +226,11 @@ class World:
         """
         self.check_state(state)
         vectors, known = self._actions(state, actions, held)
-        z = self._drawn_noise(state) if noise is None else self._given_noise(noise, len(state))
+        if noise is None:
+            drawn = chance.noise(state.seeds, state.ages, self._token_shape)
+            z = self.decoding.temperature * to_device(drawn, self.device)
+        else:
+            z = given_noise(noise, (len(state), *self._token_shape), self.device)
         draws = self._draws(state.seeds, state.ages)
         state.spent, before = True, state.stream.tokens
         imagine = self._imagine if self._recorder is None else self._imagine_recorded
@@ -249,7 +251,7 @@ class World:
         """
         self.check_state(state)
         controls = self.model.controls(*self._actions(state, actions, held))
-        frames = self._frames(frames, "(B", self.observation_shape)
+        frames = given_frames(frames, "(B", self.observation_shape, self.device)
         if len(frames) != len(state):
             raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
         video = frames[:, None] if self.time == 1 else frames
@@ -281,14 +283,14 @@ class World:
                 f"{self.name}: expected a world of its own weights to abduct noise by, got one on a released model. Observe the "
                 "frames instead."
             )
-        frames = self._frames(frames, "(B, K", self.frame_shape)
+        frames = given_frames(frames, "(B, K", self.frame_shape, self.device)
         rows, count = frames.shape[:2]
         if not 1 <= context < count:
             raise ValueError(
                 f"context: expected 1 to {count - 1} of the {count} frames, got {context}. Give more frames, or read fewer first."
             )
         vectors, known = self._past_actions(actions, rows, count)
-        row_seeds = self._seeds(seeds, rows)
+        row_seeds = given_seeds(seeds, rows)
         start = self._reset(frames[:, :context], vectors[:, :context], known[:, :context], row_seeds)
         tokens = self._noised(frames[:, context:], row_seeds, start.ages)
         stream, reports = start[:].stream, []
@@ -319,10 +321,10 @@ class World:
         Returns:
             What is said of every step: of the first frame, then of every `time` frames.
         """
-        frames = self._frames(frames, "(B, K", self.frame_shape)
+        frames = given_frames(frames, "(B, K", self.frame_shape, self.device)
         rows, count = frames.shape[:2]
         vectors, known = self._past_actions(actions, rows, count)
-        tokens = self._noised(frames, self._seeds(seeds, rows), np.zeros(rows, np.int64))
+        tokens = self._noised(frames, given_seeds(seeds, rows), np.zeros(rows, np.int64))
         reading = self.model(tokens, vectors, known)
         return Score(
             reading.log_likelihood,
@@ -388,11 +390,6 @@ class World:
         cache.advance()
         return Held(WorldOutput(*output), features, imagined)
 
-    def _draws(self, seeds: np.ndarray, ages: np.ndarray) -> Tensor:
-        """Uniform in [0, 1): what decides whether the frames numbered `ages` end their episodes."""
-        draws = [_generator(seed, age, 1).random(dtype=np.float32) for seed, age in zip(seeds, ages, strict=True)]
-        return to_device(np.stack(draws), self.device)
-
     def _output(self, draws: Tensor, report: FrameReport, frames: Tensor, guided: bool = False) -> WorldOutput:
         """What is to be said of frames."""
         log_likelihood = report.log_prob.sum(-1) + self.model.codec.log_det
@@ -445,41 +442,19 @@ class World:
     def _bits(self, log_likelihood: Tensor) -> Tensor:
         return -log_likelihood / (math.log(2) * self.model.config.dimensions)
 
-    def _drawn_noise(self, state: WorldState) -> Tensor:
-        rows = zip(state.seeds, state.ages, strict=True)
-        noise = [_generator(seed, age, 0).standard_normal(self._token_shape, dtype=np.float32) for seed, age in rows]
-        return self.decoding.temperature * to_device(np.stack(noise), self.device)
-
-    def _given_noise(self, noise: Any, rows: int) -> Tensor:
-        copy = noise.detach().clone() if isinstance(noise, Tensor) else np.array(noise)
-        shape = (rows, *self._token_shape)
-        remedy = "Give what abduct or WorldOutput.noise says of this world, frame by frame."
-        if copy.dtype not in (torch.float32, np.dtype(np.float32)):
-            raise ValueError(f"noise: expected {shape} float32, got {copy.dtype}. {remedy}")
-        if tuple(copy.shape) != shape:
-            raise ValueError(f"noise: expected {shape} float32, got shape {tuple(copy.shape)}. {remedy}")
-        z = to_device(copy, self.device)
-        if not z.isfinite().all():
-            raise ValueError(f"noise: expected finite numbers, got NaN or infinity. {remedy}")
-        return z
-
-    def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray, scale: float = 1.0) -> Tensor:
-        """Tokens of frames (b, t, h, w, 3) with `scale` times the noise, the first of each row having the number `ages`."""
-        return self.model.noised_tokens(frames, *self._noise(seeds, ages, self._steps(frames), scale))
+    def _noised(self, frames: Tensor, seeds: np.ndarray, ages: np.ndarray) -> Tensor:
+        """Tokens of observed frames (b, t, h, w, 3), the first of each row having the number `ages`."""
+        steps = self.model.codec.steps(frames.shape[1])
+        return self.model.noised_tokens(frames, *self._noise(seeds, ages, steps))
 
     def _noise(self, seeds: np.ndarray, ages: np.ndarray, steps: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(uniform, normal) of so many frames (or steps) of rows, the first of each having the number `ages`."""
-        codec = self.model.config.codec
-        uniform = np.empty((len(seeds), steps, *self.frame_shape), np.float32)
-        normal = np.empty((len(seeds), steps, *codec.signal), np.float32)
-        for row, step in np.ndindex(len(seeds), steps):
-            rng = _generator(seeds[row], ages[row] + step, 0)
-            rng.standard_normal(dtype=np.float32, out=normal[row, step])
-            rng.random(dtype=np.float32, out=uniform[row, step])
+        """(uniform, `scale` times normal) for so many observed frames, or steps, of rows."""
+        signal = self.model.config.codec.signal
+        uniform, normal = chance.noise_of_observed(seeds, ages, steps, self.frame_shape, signal)
         return to_device(uniform, self.device), to_device(scale * normal, self.device)
 
-    def _steps(self, frames: Tensor) -> int:
-        return self.model.codec.steps(frames.shape[1])
+    def _draws(self, seeds: np.ndarray, ages: np.ndarray) -> Tensor:
+        return to_device(chance.draws(seeds, ages), self.device)
 
     def _actions(self, state: WorldState, actions: Any, held: bool = True) -> tuple[Tensor, Tensor]:
         """Vectors of the rows' actions, and whether they are known."""
@@ -508,24 +483,3 @@ class World:
     def _token_shape(self) -> tuple[int, int]:
         codec = self.model.config.codec
         return math.prod(codec.grid), codec.channels
-
-    def _seeds(self, seeds: Any, rows: int) -> np.ndarray:
-        array = np.arange(rows) if seeds is None else np.atleast_1d(np.asarray(seeds))
-        if array.shape != (rows,) or array.dtype.kind not in "iu" or ((array < 0) | (array >= 2**63)).any():
-            raise ValueError(f"seeds: expected {rows} integers from 0 to 2**63 - 1, one per row, got {seeds!r}.")
-        return array.astype(np.int64)
-
-    def _frames(self, frames: Any, lead: str, shape: tuple[int, ...]) -> Tensor:
-        copy = frames.clone() if isinstance(frames, Tensor) else np.array(frames)
-        expected = f"{lead}, {', '.join(map(str, shape))}) uint8"
-        if copy.dtype not in (torch.uint8, np.dtype(np.uint8)):
-            raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
-        given = copy.ndim - len(shape)
-        if given != 1 + lead.count(",") or tuple(copy.shape[given:]) != shape or 0 in copy.shape:
-            raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
-        return to_device(copy, self.device)
-
-
-def _generator(seed: SupportsInt, age: SupportsInt, purpose: int) -> np.random.Generator:
-    """A counter-based generator (Philox) for one purpose of one frame of one row."""
-    return np.random.Generator(np.random.Philox(key=[int(seed), 2 * int(age) + purpose]))

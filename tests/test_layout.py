@@ -10,9 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "transfer", "graphs", "layers", "flow", "decoding", "control", "pretrained", "codec", "heads", "denoiser", "model",
-    "checkpoint", "released", "data", "state", "world", "loading", "calibrate", "film", "plot", "training", "card", "lossless",
-    "evaluation", "counterfactual", "drift", "free_run", "horizon_report", "horizon", "envs", "agents", "generate", "demo", "cli",
+    "transfer", "graphs", "chance", "given", "layers", "flow", "decoding", "control", "pretrained", "codec", "heads", "denoiser",
+    "model", "checkpoint", "released", "data", "state", "world", "loading", "calibrate", "film", "plot", "training", "card",
+    "lossless", "evaluation", "counterfactual", "drift", "free_run", "horizon_report", "horizon", "envs", "agents", "generate",
+    "demo", "cli",
 ]  # fmt: skip
 ALLOWED_UPWARDS = {("data", "envs"), ("data", "agents")}  # collecting plays real environments
 

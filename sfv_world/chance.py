@@ -1,0 +1,45 @@
+"""The randomness of rows: a pure function of a row's seed and its frame's number since the reset.
+
+So the same seed and actions give the same frames, whatever other rows do and however often a state was copied, saved or moved.
+"""
+
+from typing import SupportsInt
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def noise(
+    seeds: Int[np.ndarray, "b"], ages: Int[np.ndarray, "b"], shape: tuple[int, ...]
+) -> Float[np.ndarray, "b *shape"]:
+    """Standard normal: what the frames numbered `ages` are imagined from."""
+    rows = zip(seeds, ages, strict=True)
+    return np.stack([_generator(seed, age, 0).standard_normal(shape, dtype=np.float32) for seed, age in rows])
+
+
+def noise_of_observed(
+    seeds: Int[np.ndarray, "b"],
+    ages: Int[np.ndarray, "b"],
+    steps: int,
+    frame: tuple[int, ...],
+    signal: tuple[int, ...],
+) -> tuple[Float[np.ndarray, "b t height width 3"], Float[np.ndarray, "b t h w k"]]:
+    """(uniform, normal): what is added to so many observed frames and their signals, the first of each row numbered `ages`."""
+    uniform = np.empty((len(seeds), steps, *frame), np.float32)
+    normal = np.empty((len(seeds), steps, *signal), np.float32)
+    for row, step in np.ndindex(len(seeds), steps):
+        generator = _generator(seeds[row], ages[row] + step, 0)
+        generator.standard_normal(dtype=np.float32, out=normal[row, step])
+        generator.random(dtype=np.float32, out=uniform[row, step])
+    return uniform, normal
+
+
+def draws(seeds: Int[np.ndarray, "b"], ages: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b"]:
+    """Uniform in [0, 1): what decides whether the frames numbered `ages` end their episodes."""
+    rows = zip(seeds, ages, strict=True)
+    return np.stack([_generator(seed, age, 1).random(dtype=np.float32) for seed, age in rows])
+
+
+def _generator(seed: SupportsInt, age: SupportsInt, purpose: int) -> np.random.Generator:
+    """A counter-based generator (Philox) for one purpose of one frame of one row."""
+    return np.random.Generator(np.random.Philox(key=[int(seed), 2 * int(age) + purpose]))

@@ -1,0 +1,56 @@
+"""What callers give a world, held against what it expects: copies of their own come back, or a clear error."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from sfv_world.transfer import to_device
+
+
+def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.device) -> UInt8[Tensor, "..."]:
+    """Frames as a tensor on `device`; `lead` names the dimensions before those of `shape`, as in "(B, K".
+
+    Raises:
+        ValueError: if they are of another type or shape.
+    """
+    copy = frames.clone() if isinstance(frames, Tensor) else np.array(frames)
+    expected = f"{lead}, {', '.join(map(str, shape))}) uint8"
+    if copy.dtype not in (torch.uint8, np.dtype(np.uint8)):
+        raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
+    given = copy.ndim - len(shape)
+    if given != 1 + lead.count(",") or tuple(copy.shape[given:]) != shape or 0 in copy.shape:
+        raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
+    return to_device(copy, device)
+
+
+def given_seeds(seeds: Any, rows: int) -> Int[np.ndarray, "b"]:
+    """An integer a row; 0, 1, 2, ... if none are given.
+
+    Raises:
+        ValueError: if they are of another number, type or range.
+    """
+    array = np.arange(rows) if seeds is None else np.atleast_1d(np.asarray(seeds))
+    if array.shape != (rows,) or array.dtype.kind not in "iu" or ((array < 0) | (array >= 2**63)).any():
+        raise ValueError(f"seeds: expected {rows} integers from 0 to 2**63 - 1, one per row, got {seeds!r}.")
+    return array.astype(np.int64)
+
+
+def given_noise(noise: Any, shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "b l c"]:
+    """Noise as a tensor on `device`.
+
+    Raises:
+        ValueError: if it is of another type or shape, or not finite.
+    """
+    copy = noise.detach().clone() if isinstance(noise, Tensor) else np.array(noise)
+    remedy = "Give what abduct or WorldOutput.noise says of this world, frame by frame."
+    if copy.dtype not in (torch.float32, np.dtype(np.float32)):
+        raise ValueError(f"noise: expected {shape} float32, got {copy.dtype}. {remedy}")
+    if tuple(copy.shape) != shape:
+        raise ValueError(f"noise: expected {shape} float32, got shape {tuple(copy.shape)}. {remedy}")
+    z = to_device(copy, device)
+    if not z.isfinite().all():
+        raise ValueError(f"noise: expected finite numbers, got NaN or infinity. {remedy}")
+    return z
