@@ -125,7 +125,7 @@ class WorldModel(nn.Module):
         actions: Float[Tensor, "b t n"],
         known: Bool[Tensor, "b t"],
         heads_apart: bool = False,
-        **cache: Any,
+        **options: Any,
     ) -> Reading:
         """Reads videos that begin here in one parallel pass.
 
@@ -134,10 +134,10 @@ class WorldModel(nn.Module):
             actions: vector of the action that led to each frame.
             known: whether that action is known; a video's first frame has none.
             heads_apart: whether gradients of the outcome stay within the heads.
-            cache: `cache=` takes the deep flow's keys and values (see `VideoFlow.forward`).
+            options: `cache=` takes the deep flow's keys and values, `told=` is the past that it reads (see `VideoFlow.forward`).
         """
         controls = self.controls(actions, known)
-        encoding = self.flow(tokens, controls, **cache)
+        encoding = self.flow(tokens, controls, **options)
         log_likelihood = encoding.log_prob.sum(-1) + self.codec.log_det
         drafted = self.training and self.flow.drafter is not None and tokens.shape[1] > 1
         draft_error = self.flow.draft_error(encoding, controls) if drafted else None

@@ -18,12 +18,14 @@ from sfv_world.data.clips import Clips
 from sfv_world.flow.model import DeepKind, FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
-from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, world_loss
+from sfv_world.training.distributed import Group
+from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, with_errors, world_loss
 
 law = partial(settings, deadline=None, derandomize=True, database=None)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 each_kind = pytest.mark.parametrize("kind", KINDS)
+HALVES = ((0, slice(0, 20)), (1, slice(20, 40)))
 SPACE = spaces.Dict(key=spaces.Discrete(3), turn=spaces.Box(-1, 1, (1,)))
 
 
@@ -216,6 +218,47 @@ def test_weights_do_not_look_at_what_they_weigh() -> None:
     changed = tokens.clone()
     changed[:, 4] = 7
     exact(motion_weights(changed, world, 50.0), motion_weights(tokens, world, 50.0))
+
+
+def test_errors_drown_a_rectangle_through_some_frames() -> None:
+    tokens, draw = normal(40, 5, 12, 2), lambda: torch.Generator().manual_seed(1)
+    exact(with_errors(tokens, (3, 4), 0.0, draw()), tokens)
+    found = with_errors(tokens, (3, 4), 1.0, draw())
+    exact(with_errors(tokens, (3, 4), 1.0, draw()), found)
+    changed = (found != tokens).all(-1).reshape(40, 5, 3, 4)
+    assert (changed.flatten(1).any(1)).all() and not changed.flatten(1).all(1).all()
+    for clip in changed:
+        spans = [clip.amax(other) for other in ((1, 2), (0, 2), (0, 1))]
+        assert torch.equal(clip, torch.einsum("t,r,c->trc", *(span.float() for span in spans)).bool())
+        assert all(span.int().diff().abs().sum() - span[0].int() - span[-1].int() <= 2 for span in spans)
+    some = (with_errors(tokens, (3, 4), 0.5, draw()) != tokens).flatten(1).any(1)
+    assert 10 < some.sum() < 30
+    halves = [with_errors(tokens[part], (3, 4), 0.5, draw(), Group(rank, 2)) for rank, part in HALVES]
+    exact(torch.cat(halves), with_errors(tokens, (3, 4), 0.5, draw()))  # two processes drown what one would
+
+
+def test_errors_are_of_the_past_alone() -> None:
+    world, clips = model("bands"), batch()
+    tokens = world.noised_tokens(clips.frames, torch.rand(clips.frames.shape), torch.randn(clips.frames.shape))
+    wrong = tokens.clone()
+    wrong[:, 2] += 3
+    plain, told = (world(tokens, clips.actions, clips.known, told=x).log_likelihood for x in (tokens, wrong))
+    exact(plain, world(tokens, clips.actions, clips.known).log_likelihood)
+    exact(plain[:, :3], told[:, :3])
+    assert (plain[:, 3] != told[:, 3]).all()
+    found = [
+        world_loss(world, clips, ObjectiveConfig(errors=errors), torch.Generator().manual_seed(0))
+        for errors in (0.0, 1.0)
+    ]
+    exact(found[0].tokens, found[1].tokens)
+    assert found[0].value != found[1].value
+    same = [
+        world_loss(world, clips, ObjectiveConfig(errors=errors), torch.Generator().manual_seed(0), plain=True).value
+        for errors in (0.0, 1.0)
+    ]
+    exact(*same)
+    with pytest.raises(ValueError, match="errors: expected 0 to 1, got 1.5"):
+        ObjectiveConfig(errors=1.5)
 
 
 # Configurations ------------------------------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ class VideoFlow(nn.Module):
         tokens: Float[Tensor, "b t l c"],
         controls: Float[Tensor, "b t k d"] | None = None,
         cache: FrameCache | None = None,
+        told: Float[Tensor, "b t l c"] | None = None,
     ) -> Encoding:
         """tokens -> noise, log-determinant and features, all frames in parallel.
 
@@ -130,11 +131,13 @@ class VideoFlow(nn.Module):
             tokens: noised tokens of videos that begin here.
             controls: control tokens of what led *to* each frame; without them the deep flow runs as if it had no adapter.
             cache: a fresh cache whose clock stands at the end of the video; filled with the deep flow's keys and values.
+            told: what a frame-parallel deep flow is told of the past in place of `tokens`; the likelihood is then given that.
         """
         frames = tokens.shape[1]
         flat = rearrange(tokens, "b t l c -> (b t) l c")
         if self.config.kind == "frame-parallel":
-            features = self.deep.features(self.deep.shift(tokens), controls, cache=cache)
+            past = self.deep.shift(tokens if told is None else told)
+            features = self.deep.features(past, controls, cache=cache)
             latents, log_det, _ = self.shallow(flat, rearrange(features, "b t l w -> (b t) l w"))
             latents = rearrange(latents, "(b t) l c -> b t l c", t=frames)
         else:

@@ -51,12 +51,18 @@ class Batch(NamedTuple):
         return cls(*(tensor.to(device) for tensor in (torch.from_numpy(clips.frames), *tensors)))
 
 
+LARGEST_ERROR = 6.0
+"""Standard deviations of a token's channel."""
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What the loss is made of."""
 
     action_dropout: float = 0.05
     """Part of the actions that training hides, so that p(frame | no action) is learned too."""
+    errors: float = 0.0
+    """Part of the clips whose past is told with errors, so that a world finds back from its own; see `with_errors`."""
     reward_weight: float = 0.02
     """Weight of the reward's cross-entropy (nats a frame) beside the flow's nats a dimension."""
     termination_weight: float = 0.1
@@ -72,6 +78,8 @@ class ObjectiveConfig:
     """Of so many steps one moves the flow by the plain likelihood alone, from whose gradient the denoiser learns."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.errors <= 1:
+            raise ValueError(f"errors: expected 0 to 1, got {self.errors}.")
         if self.score_every < 1:
             raise ValueError(f"score_every: expected at least 1, got {self.score_every}.")
 
@@ -115,7 +123,10 @@ def world_loss(
     normal = group.own(torch.randn((rows, t, *signal), generator=generator, device=device))
     kept = group.own(torch.rand((rows, t), generator=generator, device=device)) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal).requires_grad_(plain)
-    reading = (replica or model)(tokens, batch.actions, batch.known & kept, heads_apart=plain)
+    told = {}
+    if config.errors and not plain:
+        told["told"] = with_errors(tokens, model.config.codec.grid, config.errors, generator, group)
+    reading = (replica or model)(tokens, batch.actions, batch.known & kept, heads_apart=plain, **told)
     nats = -reading.log_likelihood / model.config.dimensions
     share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight, group)
     weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.dimensions
@@ -140,6 +151,36 @@ def world_loss(
     }
     metrics = {name: value.detach() for name, value in metrics.items()}
     return Loss(loss, metrics, tokens, reading.encoding.features.detach(), weights)
+
+
+def with_errors(
+    tokens: Float[Tensor, "b t l c"],
+    grid: tuple[int, int],
+    share: float,
+    generator: torch.Generator,
+    group: Group = ALONE,
+) -> Float[Tensor, "b t l c"]:
+    """Tokens of which a rectangle, through some frames of a `share` of the clips, is drowned in noise.
+
+    A world that reads its own frames meets what it was never taught: a mistake makes the next one likelier. Whoever learns to
+    predict real frames from a past with mistakes in it finds back (noise augmentation: GameNGen, arXiv 2408.14837).
+    """
+    b, t, l, _ = tokens.shape
+    clips = group.size * b
+    noise = group.own(torch.randn(clips, *tokens.shape[1:], generator=generator, device=tokens.device))
+    chance, strength, *places = group.own(torch.rand(clips, 8, generator=generator, device=tokens.device)).unbind(1)
+
+    def span(size: int, start: Tensor, length: Tensor) -> Bool[Tensor, "b size"]:
+        """From one to all of so many places, anywhere among them."""
+        length = 1 + (length * size).long()
+        first = (start * (size + 1 - length)).long()
+        at = torch.arange(size, device=tokens.device)
+        return (at >= first[:, None]) & (at < (first + length)[:, None])
+
+    frames, rows, columns = (span(n, *places[2 * i : 2 * i + 2]) for i, n in enumerate((t, *grid)))
+    where = frames[:, :, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
+    hit = where.reshape(b, t, l) & (chance < share)[:, None, None]
+    return tokens + torch.where(hit[..., None], LARGEST_ERROR * strength[:, None, None, None] * noise, 0.0)
 
 
 def score_loss(

@@ -128,6 +128,10 @@ class TrainConfig:
                 "freeze_backbone: expected --parallel ddp and no codec, patch or bands, which the released model decides, got "
                 f"{self.parallel}, {self.codec}, {self.patch} and {self.bands}. Leave them out."
             )
+        if self.objective.errors and (self.freeze_backbone or self.kind != "frame-parallel"):
+            raise ValueError(
+                f"objective.errors: expected 0 but for a frame-parallel deep flow of our own, got {self.objective.errors}."
+            )
         if self.prompt and not self.freeze_backbone:
             raise ValueError(f"prompt: expected none without --freeze-backbone, got {self.prompt!r}. Leave it out.")
 
