@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import sfv_world.world
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.world import World
 
@@ -130,8 +129,8 @@ def watched(world: World) -> Iterator[Stopwatch]:
             for method in _public_methods(type(part)):
                 patches.enter_context(patch.object(part, method, watch.wrap(name, getattr(part, method))))
         patches.enter_context(patch.object(world, "step", watch.wrap(NOISE, world.step)))
-        imagine_frame = watch.wrap(SOLVER, sfv_world.world.imagine_frame)
-        patches.enter_context(patch.object(sfv_world.world, "imagine_frame", imagine_frame))
+        imagine_frame = watch.wrap(SOLVER, world.model.imagine_frame)
+        patches.enter_context(patch.object(world.model, "imagine_frame", imagine_frame))
         yield watch
 
 
