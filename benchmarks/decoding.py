@@ -26,7 +26,7 @@ from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.data.clips import load_episodes
 from sfv_world.decoding.solver import DecodingConfig, Draft
 from sfv_world.loading import load_world
-from sfv_world.training.trainer import TrainConfig
+from sfv_world.training.config import TrainConfig
 from sfv_world.world import World
 
 SEQUENTIAL = "sequential"

@@ -19,7 +19,8 @@ from sfv_world.data.clips import load_episodes
 from sfv_world.evaluation import EvaluateConfig, density, rollouts
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
-from sfv_world.training.trainer import STATE, TrainConfig, Trainer
+from sfv_world.training.config import TrainConfig
+from sfv_world.training.trainer import STATE, Trainer
 from sfv_world.world import World
 
 Variant = Literal["frame-parallel", "frame-parallel-raster", "autoregressive", "latent"]

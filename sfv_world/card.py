@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from sfv_world.codec.latent import LatentCodecConfig
-from sfv_world.training.trainer import TrainConfig
+from sfv_world.training.config import TrainConfig
 from sfv_world.world import World
 
 

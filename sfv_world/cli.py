@@ -21,7 +21,8 @@ from sfv_world.horizon import HorizonConfig, horizon
 from sfv_world.released.convert import ConvertConfig, convert
 from sfv_world.released.plan import InfoConfig, info
 from sfv_world.training.codec import TrainCodecConfig, train_codec
-from sfv_world.training.trainer import TrainConfig, train
+from sfv_world.training.config import TrainConfig
+from sfv_world.training.trainer import train
 
 COMMANDS: dict[type, Callable[[Any], Any]] = {
     CollectConfig: collect,

@@ -16,10 +16,11 @@ import torch
 from pydantic import TypeAdapter
 
 from sfv_world.training import trainer
+from sfv_world.training.config import PRESETS, TrainConfig
 from sfv_world.training.distributed import Group, joined
-from sfv_world.training.trainer import TrainConfig, Trainer
+from sfv_world.training.trainer import Trainer
 
-trainer.PRESETS["tiny"] = 1
+PRESETS["tiny"] = 1
 
 
 class Killed(Exception):

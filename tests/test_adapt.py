@@ -18,8 +18,9 @@ import sfv_world
 from sfv_world import cli
 from sfv_world.checkpoint import load_tensors
 from sfv_world.released.backbone import Backbone
+from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import Batch
-from sfv_world.training.trainer import TrainConfig, Trainer, train
+from sfv_world.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.envs.world_env import WorldEnv
 from sfv_world.loading import load_world
-from sfv_world.training.trainer import TrainConfig, train
+from sfv_world.training.config import TrainConfig
+from sfv_world.training.trainer import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -34,8 +34,9 @@ from sfv_world.flow.model import FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
 from sfv_world.training.codec import TrainCodecConfig, train_codec
+from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, world_loss
-from sfv_world.training.trainer import TrainConfig, Trainer
+from sfv_world.training.trainer import Trainer
 
 SHAPE = AutoencoderConfig(16, 24, space=4, latents=3, base=16)
 FRAMES = 7  # two windows of the tiny world and a bit

@@ -8,7 +8,8 @@ import torch
 from sfv_world.checkpoint import MODEL, load_model, load_tensors
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.training import trainer
-from sfv_world.training.trainer import TrainConfig, Trainer, train
+from sfv_world.training.config import TrainConfig
+from sfv_world.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ video's first frame, so a parallel pass over a video and a stream are the same f
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -182,11 +182,10 @@ class AdaptedModel(nn.Module):
                 f"state: expected rows all of whose frames were observed, since the codec looks back in time; got imagined ones in "
                 f"rows {rows}. Reset to the frames."
             )
-        found = [
+        return _of_rows(
             self._read(video, *(x[row : row + 1] for x in (frames, normal, controls[:, None])))
             for row, video in enumerate(stream.videos)
-        ]
-        return FrameReport(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        )
 
     def imagine_frame(
         self,
@@ -197,11 +196,10 @@ class AdaptedModel(nn.Module):
         unguided: Float[Tensor, "b m d"] | None = None,
     ) -> FrameReport:
         """Decodes the latent frame of the next step from its noise, row by row."""
-        found = [
+        return _of_rows(
             self._imagine(video, noise[row : row + 1], controls[row : row + 1], decoding)
             for row, video in enumerate(stream.videos)
-        ]
-        return FrameReport(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        )
 
     def show(
         self, stream: ReleasedStream, features: Float[Tensor, "b l w"], clean: bool
@@ -281,6 +279,11 @@ class AdaptedModel(nn.Module):
 
     def _text(self, rows: int) -> Float[Tensor, "b k e"]:
         return self.text.expand(rows, -1, -1)
+
+
+def _of_rows(reports: Iterable[FrameReport]) -> FrameReport:
+    """The report of all rows from those of single ones."""
+    return FrameReport(*(torch.cat(parts) for parts in zip(*reports, strict=True)))
 
 
 def _frame_report(drawn: Drawn, shallow: Report) -> FrameReport:

@@ -1,0 +1,110 @@
+"""What a training run can be told: the options of `sfv-world train`, and which of them go together."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sfv_world.flow.model import DeepKind
+from sfv_world.training.distributed import Parallel
+from sfv_world.training.objective import ObjectiveConfig
+from sfv_world.training.schedule import check_length
+
+PRESETS = {"tiny": 2, "small": 4, "base": 8}
+"""The one dial of `model_config`, by name."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train a world."""
+
+    data: Path
+    """Folder of a Minari dataset with image observations (see `sfv-world collect`)."""
+    out: Path
+    """Folder of the world."""
+    preset: Literal["tiny", "small", "base"] = "small"
+    """Size: about 1, 4 or 21 million parameters."""
+    kind: DeepKind = "frame-parallel"
+    """Which deep flow."""
+    bands: int | None = None
+    """Bands of the shallow flow, 0 for raster blocks; none: what goes best with the deep flow."""
+    groups: Literal[1, 2, 4] = 1
+    """Groups of patches that the coarsest band is drawn in, one after the other: more hang together better, each takes a pass."""
+    steps: int | None = None
+    """Stop after this many steps."""
+    minutes: float | None = None
+    """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
+    init: Path | None = None
+    """World whose weights to start from, those of the shallow flow only where it has the same bands; none: random ones. It may
+    have another window and other groups. With `freeze_backbone` a released model, which `sfv-world convert` makes."""
+    freeze_backbone: bool = False
+    """Train a control adapter and heads on the released model in `init`, which stays as it is and decides the sizes."""
+    prompt: str = ""
+    """What a released model is told to show."""
+    resume: bool = False
+    """Continue the run in `out`, which must have the same configuration up to its length."""
+    codec: Path | None = None
+    """Folder of a codec (see `sfv-world train-codec`) to train a world of its latents; none: a world of pixels."""
+    patch: int | None = None
+    """Side of a patch, in pixels or, with a codec, in places of its latents; none: 8 pixels, or 2 places."""
+    window: int = 6
+    """Frames the deep flow sees."""
+    noise: float | None = None
+    """Standard deviation of the noise on pixels in [-1, 1] or, with a codec, on its latents, which have variance 1; none: 0.05,
+    or what the codec's decoder was trained with."""
+    clip: int = 10
+    """Frames of a clip; on a released model cut to whole steps of its codec (1 + a multiple of 4 frames)."""
+    batch: int = 2
+    """Clips of a batch, those of all processes together."""
+    busy: float = 0.0
+    """Part of the clips that begin where something just moved a lot; see `ClipSampler.busy`."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    denoiser_learning_rate: float = 2e-3
+    """Peak learning rate of the denoiser's own."""
+    warmup: int = 50
+    """Steps in which the learning rate rises; after them it falls along a cosine to 1% of its peak."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.998
+    """Decay of the moving average of the weights, a step; less in the first steps."""
+    denoiser: bool = True
+    """Whether to train a denoiser along."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Parts of the loss."""
+    held_out: float = 0.05
+    """Part of the episodes that is never trained on."""
+    validate_minutes: float = 2.0
+    """Minutes between validations, samples and checkpoints."""
+    seed: int = 0
+    """Seed of the split, the weights, the clips and the noise."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to train; bfloat16 autocast on CUDA."""
+    threads: int | None = None
+    """CPU threads; none: torch's choice."""
+    parallel: Parallel = "ddp"
+    """What each process that `torchrun` started keeps: a copy of all weights, or a shard of them and of all that AdamW knows."""
+
+    def __post_init__(self) -> None:
+        check_length(self)
+        if self.clip < 2:
+            raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
+        if self.freeze_backbone and self.init is None:
+            raise ValueError(
+                "freeze_backbone: expected the folder of a released model in init, got none. Give it (--init); "
+                "`sfv-world convert` makes one."
+            )
+        if self.freeze_backbone and (self.parallel != "ddp" or any((self.codec, self.patch, self.bands))):
+            raise ValueError(
+                "freeze_backbone: expected --parallel ddp and no codec, patch or bands, which the released model decides, got "
+                f"{self.parallel}, {self.codec}, {self.patch} and {self.bands}. Leave them out."
+            )
+        if self.objective.errors and (self.freeze_backbone or self.kind != "frame-parallel"):
+            raise ValueError(
+                f"objective.errors: expected 0 but for a frame-parallel deep flow of our own, got {self.objective.errors}."
+            )
+        if self.prompt and not self.freeze_backbone:
+            raise ValueError(f"prompt: expected none without --freeze-backbone, got {self.prompt!r}. Leave it out.")
