@@ -95,7 +95,9 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     recipe, flow = data.get("recipe", {}), world.model.config.flow
     size = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
     frames = run["batch"] * run["clip"] * world.about["steps"]
-    grouped = f" (the coarsest in {flow.groups} groups)" if flow.groups > 1 else ""
+    coarsest = [f"the first in {flow.groups} groups"] * (flow.groups > 1)
+    coarsest += [f"the first {len(flow.bins)} with curves of {flow.bins[0]} bins"] if flow.bins else []
+    grouped = f" ({', '.join(coarsest)})" if coarsest else ""
     shallow = (
         f"{len(flow.bands)} bands, coarse to fine{grouped}," if flow.bands else f"{flow.shallow_blocks} raster blocks"
     )

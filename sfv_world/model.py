@@ -214,6 +214,7 @@ def model_config(
     kind: DeepKind = "frame-parallel",
     bands: int | None = None,
     groups: int = 1,
+    bins: int = 0,
     window: int = 6,
     noise: float = 0.05,
     denoiser: bool = True,
@@ -222,8 +223,9 @@ def model_config(
     """A configuration from one dial: `size` layers deep, 48 channels wide a layer.
 
     The shallow blocks are half as wide: as many as there are `bands` of equal steps of spatial frequency (default: 6), the
-    coarsest in `groups`, or two in raster order if there are no bands (the default of the autoregressive kind). So is the
-    denoiser, of two layers. Size 4 has about 4 million parameters, size 8 about 21 million. With an `autoencoder` the
+    coarsest in `groups`, or two in raster order if there are no bands (the default of the autoregressive kind). With `bins` the
+    coarsest band is cut in three, a patch's brightness, its colour and the rest, and drawn with curves of so many bins. The
+    denoiser is as wide, of two layers. Size 4 has about 4 million parameters, size 8 about 21 million. With an `autoencoder` the
     world is one of its latents: `patch` counts places of them, `noise` is theirs, and bands go from the largest principal
     components of a token to the smallest.
     """
@@ -237,8 +239,11 @@ def model_config(
     deep = TransformerConfig(width=48 * size, depth=size, head_dim=48, window=window)
     shallow = TransformerConfig(width=48 * max(1, size // 2), depth=2 if kind == "frame-parallel" else 1, head_dim=48)
     ends = [unit * max(band, round(steps * (band / bands) ** 2)) for band in range(bands + 1)] if bands else [0]
-    sizes = tuple(end - start for start, end in pairwise(ends))
-    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, groups=groups, kind=kind)
+    sizes, curves = tuple(end - start for start, end in pairwise(ends)), tuple[int, ...]()
+    if bins and sizes:
+        first = tuple(part for part in (1, min(2, sizes[0] - 1), sizes[0] - 3) if part > 0)
+        sizes, curves = (*first, *sizes[1:]), (bins,) * len(first)
+    flow = FlowConfig(codec.channels, codec.grid, deep, shallow, bands=sizes, groups=groups, bins=curves, kind=kind)
     if kind == "autoregressive":
         flow = replace(flow, draft_width=shallow.width)
     return ModelConfig(codec, flow, noise, denoiser=replace(shallow, depth=2) if denoiser else None)

@@ -17,6 +17,7 @@ from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.model import DeepKind
 from sfv_world.flow.shallow import BandFlow
+from sfv_world.flow.spline import REACH, Curve, Spline
 from sfv_world.flow.transformer import Order, SlotTransformer, TransformerConfig
 from sfv_world.layers import Attention, FinalNorm, Rope, rotate
 
@@ -53,10 +54,27 @@ def test_fields_stay_in_their_bounds_and_invert(scale: float, seed: int) -> None
 
 
 def test_zero_parameters_are_the_identity() -> None:
-    x = normal(2, 4, 3)
-    z, log_det = Fields.from_parameters(torch.zeros(2, 4, 6)).normalise(x)
-    close(z, x, rtol=0, atol=1e-6)
-    close(log_det, torch.zeros(2, 4), rtol=0, atol=1e-6)
+    x = 4 * normal(2, 4, 3)
+    fields = Fields.from_parameters(torch.zeros(2, 4, 6))
+    for this in (fields, Curve(fields, Spline.from_parameters(torch.zeros(2, 4, 3, Spline.parameters(5))))):
+        z, log_det = this.normalise(x)
+        close(z, x, rtol=0, atol=1e-5)
+        close(log_det, torch.zeros(2, 4), rtol=0, atol=1e-5)
+
+
+@given(bins=st.integers(2, 12), scale=st.sampled_from([0.1, 1.0, 5.0]), seed=seeds)
+@law(max_examples=20)
+def test_a_spline_is_a_monotone_curve_with_the_slopes_it_says(bins: int, scale: float, seed: int) -> None:
+    parameters = scale * normal(1, 4, 3, Spline.parameters(bins), seed=seed, dtype=torch.float64)
+    spline = Spline.from_parameters(parameters.expand(1201, -1, -1, -1))
+    v = torch.linspace(-6, 6, 1201, dtype=torch.float64)[:, None, None].repeat(1, 4, 3).requires_grad_()
+    z, log_slope = spline.forward(v)
+    (slope,) = torch.autograd.grad(z.sum(), v)
+    close(slope.log(), log_slope, rtol=0, atol=1e-9)
+    assert (z.diff(dim=0) > 0).all()
+    close(spline.inverse(z), v, rtol=0, atol=1e-7)
+    beyond = v.abs() > REACH
+    exact(z[beyond], v[beyond])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -217,7 +235,7 @@ def test_deep_features_condition_the_shallow_blocks_slot_by_slot() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_a_band_follows_from_the_coarser_ones_of_the_whole_frame(groups: Literal[1, 2, 4]) -> None:
     """From no finer band, and from no other value of its own but, in the first one, those of the groups before."""
-    shallow = randomised(BandFlow(TransformerConfig(16, 1, head_dim=16), (2, 4), (1, 2, 3), groups, 16)).double()
+    shallow = randomised(BandFlow(TransformerConfig(16, 1, head_dim=16), (2, 4), (1, 2, 3), groups, (3,), 16)).double()
     tokens, condition = normal(1, 8, 6, dtype=torch.float64), normal(1, 8, 16, seed=1, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: shallow(x, condition)[0][0], tokens)[:, :, 0]
     band = torch.tensor([0, 1, 1, 2, 2, 2])
@@ -239,6 +257,8 @@ def test_bands_must_be_those_of_the_tokens() -> None:
         replace(config, bands=(1, 1))
     with pytest.raises(ValueError, match=r"groups must be 1, 2 or 4, and 1 without bands, got 2 and bands \(\)"):
         replace(config, groups=2)
+    with pytest.raises(ValueError, match=r"bins must be 2 or more, .* bands \(1, 2\), got \(8, 1\)"):
+        replace(config, bands=(1, 2), bins=(8, 1))
 
 
 # The frame cache -----------------------------------------------------------------------------------------------------

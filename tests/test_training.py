@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import normal
 
 from sfv_world.checkpoint import MODEL, load_model, load_tensors
 from sfv_world.data.collect import CollectConfig, collect
@@ -133,6 +134,20 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
             assert torch.equal(second.model.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match=r"init: expected a world of the shape.*noise=0.1"):
         Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
+
+
+def test_a_band_that_is_cut_begins_as_the_whole_one(config, tmp_path):
+    """Its first part knows what the whole one knew, and so do all other bands; curves begin straight."""
+    train(config)
+    whole = Trainer(replace(config, init=config.out, out=tmp_path / "whole")).model.flow
+    cut = Trainer(replace(config, init=config.out, out=tmp_path / "cut", bins=4)).model.flow
+    assert cut.config.bands == (1, 2, whole.config.bands[0] - 3, *whole.config.bands[1:])
+    tokens, condition = normal(2, whole.config.tokens, 192), normal(2, whole.config.tokens, 96, seed=1)
+    with torch.no_grad():
+        before, after = (flow.shallow(tokens, condition)[0] for flow in (whole, cut))
+    rest = [0, *range(whole.config.bands[0], 192)]
+    torch.testing.assert_close(after[..., rest], before[..., rest], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(after[..., 1:3], before[..., 1:3])
 
 
 @pytest.mark.parametrize("kind", ["frame-parallel", "autoregressive"])

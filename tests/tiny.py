@@ -12,7 +12,7 @@ from sfv_world.flow.transformer import TransformerConfig
 Kind = Literal["frame-parallel", "autoregressive", "bands"]
 KINDS: tuple[Kind, ...] = ("frame-parallel", "autoregressive", "bands")
 """Both deep flows with raster blocks (the autoregressive one with a learned draft), and the frame-parallel one with bands (the
-first in groups)."""
+first in groups, and of curves)."""
 CONTROL_WIDTH = 5
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def of_kind(config: FlowConfig, kind: Kind) -> FlowConfig:
     """The same sizes, as a flow of the given kind."""
     if kind == "bands":
-        return replace(config, bands=(1, config.channels - 1) if config.channels > 1 else (1,), groups=4)
+        return replace(config, bands=(1, config.channels - 1) if config.channels > 1 else (1,), groups=4, bins=(4,))
     return replace(config, kind=kind, draft_width=config.deep.head_dim if kind == "autoregressive" else 0)
 
 

@@ -41,6 +41,8 @@ class FlowConfig:
     """Channels of each band of a shallow flow that goes from coarse to fine instead; all together those of a token."""
     groups: int = 1
     """Groups of tokens that the coarsest band is drawn in, one after the other: 1, 2 or 4."""
+    bins: tuple[int, ...] = ()
+    """Bins of the curves that the coarsest bands are drawn with, one after the other; the other bands' maps are affine."""
     kind: DeepKind = "frame-parallel"
     """Which deep flow."""
     control_width: int = 64
@@ -59,6 +61,9 @@ class FlowConfig:
             raise ValueError(f"bands must be positive and add up to the {self.channels} channels, got {self.bands}")
         if self.groups not in (1, 2, 4) or (self.groups > 1 and not self.bands):
             raise ValueError(f"groups must be 1, 2 or 4, and 1 without bands, got {self.groups} and bands {self.bands}")
+
+        if len(self.bins) > len(self.bands) or any(n < 2 for n in self.bins):
+            raise ValueError(f"bins must be 2 or more, at most one for each of the bands {self.bands}, got {self.bins}")
 
     @property
     def tokens(self) -> int:
@@ -102,7 +107,7 @@ class VideoFlow(nn.Module):
         condition = config.deep.width if config.kind == "frame-parallel" else None
         self.shallow: RasterFlow | BandFlow
         if config.bands:
-            self.shallow = BandFlow(config.shallow, config.grid, config.bands, config.groups, condition)
+            self.shallow = BandFlow(config.shallow, config.grid, config.bands, config.groups, config.bins, condition)
         else:
             self.shallow = RasterFlow(config.shallow, config.grid, config.channels, config.shallow_blocks, condition)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields
+from sfv_world.flow.spline import Curve, Spline
 from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
 
 
@@ -74,13 +75,14 @@ class RasterFlow(nn.Module):
 
 
 class BandFlow(nn.Module):
-    """Affine coupling from coarse to fine: the fields of a band of channels follow from all coarser bands of the frame.
+    """Coupling from coarse to fine: the map of a band of channels follows from all coarser bands of the frame.
 
     Nothing is coarser than the first band. Its tokens are drawn in `groups`, evenly spread over the frame: those of one follow
-    from the groups before, by the same Transformer.
+    from the groups before, by the same Transformer. The first bands' maps are curves of so many `bins`: what acts in a world is
+    here or there, and no affine map makes that of normal noise. All others are affine.
     """
 
-    group: Int[Tensor, "l 1"]
+    group: Int[Tensor, "l"]
     """Of every token, the group of its first band."""
 
     def __init__(
@@ -89,6 +91,7 @@ class BandFlow(nn.Module):
         grid: tuple[int, int],
         bands: tuple[int, ...],
         groups: int,
+        bins: tuple[int, ...],
         condition_width: int | None,
     ):
         super().__init__()
@@ -101,7 +104,12 @@ class BandFlow(nn.Module):
             )
             for size in bands
         )
-        self.register_buffer("group", spread(grid, groups)[:, None], persistent=False)
+        self.bends = nn.ModuleList(
+            nn.Linear(config.width, size * Spline.parameters(n)) for size, n in zip(bands, bins, strict=False)
+        )
+        for parameter in self.bends.parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("group", spread(grid, groups), persistent=False)
 
     @property
     def passes(self) -> int:
@@ -114,10 +122,10 @@ class BandFlow(nn.Module):
         """tokens -> (latents, log|det| by token, nothing), for frames that know nothing of each other."""
         latents, log_dets = [], []
         for index, band in enumerate(self.bands):
-            fields = self._fields(index, 0, tokens, condition)
+            told = self._tell(index, 0, tokens, condition)
             for group in range(1, self.groups[index]):
-                fields = self._from(group, self._fields(index, group, tokens, condition), fields)
-            z, log_det = fields.normalise(tokens[..., band])
+                told = self._from(group, self._tell(index, group, tokens, condition), told)
+            z, log_det = self._map(index, told).normalise(tokens[..., band])
             latents.append(z)
             log_dets.append(log_det)
         return torch.cat(latents, dim=-1), torch.stack(log_dets).sum(0), []
@@ -133,36 +141,49 @@ class BandFlow(nn.Module):
     ) -> tuple[Float[Tensor, "n l c"], Float[Tensor, "n l c"], Float[Tensor, "n l"]]:
         """latents -> (tokens, their own latents, log|det| by token): the inverse, and what `forward` says of its answer.
 
-        Each band's fields are evaluated at the very tokens that are returned, so nothing is left to verify.
+        Each band's map is evaluated at the very tokens that are returned, so nothing is left to verify.
         """
         tokens, found, log_dets = latents[..., :0], [], []
         for index, band in enumerate(self.bands):
-            fields = self._fields(index, 0, tokens, condition)
-            x = fields.denormalise(latents[..., band])
+            told = self._tell(index, 0, tokens, condition)
+            x = self._map(index, told).denormalise(latents[..., band])
             for group in range(1, self.groups[index]):
-                here = self._fields(index, group, torch.cat([tokens, x], dim=-1), condition)
-                fields = self._from(group, here, fields)
-                x = fields.denormalise(latents[..., band])
-            z, log_det = fields.normalise(x)
+                here = self._tell(index, group, torch.cat([tokens, x], dim=-1), condition)
+                told = self._from(group, here, told)
+                x = self._map(index, told).denormalise(latents[..., band])
+            z, log_det = self._map(index, told).normalise(x)
             tokens = torch.cat([tokens, x], dim=-1)
             found.append(z)
             log_dets.append(log_det)
         return tokens, torch.cat(found, dim=-1), torch.stack(log_dets).sum(0)
 
-    def _fields(self, index: int, group: int, tokens: Tensor, condition: Tensor | None) -> Fields:
-        """Fields of a band, right for a group of tokens; the channels that are not known yet hold the start token's."""
+    def _tell(
+        self, index: int, group: int, tokens: Tensor, condition: Tensor | None
+    ) -> Float[Tensor, "n l parameters"]:
+        """What is told of a band's map, right for a group of tokens; channels that are not known yet hold the start token's."""
         block, band = cast(SlotTransformer, self.blocks[index]), self.bands[index]
         start = block.sos_embed.expand(*tokens.shape[:-1], -1)
         known = [tokens[..., : band.start]]
         if group:
-            known.append(torch.where(self.group < group, tokens[..., band], start[..., band]))
+            before = (self.group < group)[:, None]
+            known.append(torch.where(before, tokens[..., band], start[..., band]))
         slots = torch.cat([*known, start[..., band.stop if group else band.start :]], dim=-1)
-        return block.fields(block.alone(slots, condition))
+        features = block.alone(slots, condition)
+        with torch.autocast(features.device.type, enabled=False):
+            told = [block.proj_out(features), *(bend(features) for bend in self.bends[index : index + 1])]
+        return torch.cat(told, dim=-1)
 
-    def _from(self, group: int, later: Fields, earlier: Fields) -> Fields:
-        """The later fields from a group on, the earlier ones before it."""
-        mu, sigma = (torch.where(self.group < group, a, b) for a, b in zip(earlier, later, strict=True))
-        return Fields(mu, sigma)
+    def _map(self, index: int, parameters: Float[Tensor, "n l parameters"]) -> Fields | Curve:
+        """The map of a band."""
+        size = self.bands[index].stop - self.bands[index].start
+        fields = Fields.from_parameters(parameters[..., : 2 * size])
+        if index >= len(self.bends):
+            return fields
+        return Curve(fields, Spline.from_parameters(parameters[..., 2 * size :].unflatten(-1, (size, -1))))
+
+    def _from(self, group: int, later: Tensor, earlier: Tensor) -> Tensor:
+        """What is told of tokens (n, l, ...): the later of a group on, the earlier before it."""
+        return torch.where((self.group < group)[:, None], earlier, later)
 
 
 def spread(grid: tuple[int, int], groups: int) -> Int[Tensor, "l"]:

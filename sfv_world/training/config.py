@@ -31,13 +31,17 @@ class TrainConfig:
     """Bands of the shallow flow, 0 for raster blocks; none: what goes best with the deep flow."""
     groups: Literal[1, 2, 4] = 1
     """Groups of patches that the coarsest band is drawn in, one after the other: more hang together better, each takes a pass."""
+    bins: int = 0
+    """Bins of the curves that the coarsest band is drawn with, a patch's brightness before its colour and that before the rest: for
+    worlds in which things are here or there. 0: affine maps, all at once."""
     steps: int | None = None
     """Stop after this many steps."""
     minutes: float | None = None
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
-    """World whose weights to start from, those of the shallow flow only where it has the same bands; none: random ones. It may
-    have another window and other groups. With `freeze_backbone` a released model, which `sfv-world convert` makes."""
+    """World whose weights to start from, those of the shallow flow only where the bands are its own or parts of them; none:
+    random ones. It may have another window, other groups and bins. With `freeze_backbone` a released model, which `sfv-world
+    convert` makes."""
     freeze_backbone: bool = False
     """Train a control adapter and heads on the released model in `init`, which stays as it is and decides the sizes."""
     prompt: str = ""

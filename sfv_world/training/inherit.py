@@ -1,9 +1,11 @@
 """Begins a world's training at the weights of another (`--init`)."""
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sfv_world.checkpoint import load_model
 from sfv_world.model import WorldModel
@@ -12,20 +14,19 @@ from sfv_world.model import WorldModel
 def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) -> dict[str, int | float]:
     """Gives `model`, a world of `codec`, the weights of the world in `folder`; tells how long that was trained in all.
 
-    The shallow flow begins anew where it has other bands, the denoiser where one of the two has none; window and groups may differ.
+    The shallow flow begins anew where it has other bands that are no parts of theirs, the denoiser where one of the two has none;
+    window, groups and bins may differ.
 
     Raises:
         ValueError: if the worlds differ in anything else.
     """
     shape, (before, about) = model.config, load_model(folder, device)
-    deep = replace(before.config.flow.deep, window=shape.flow.deep.window)
-    weights, theirs = (
-        before.state_dict(),
-        replace(before.config, flow=replace(before.config.flow, deep=deep, groups=shape.flow.groups)),
-    )
-    if theirs.codec == shape.codec and theirs.flow.bands != shape.flow.bands:
-        weights = {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")}
-        theirs = replace(theirs, flow=replace(theirs.flow, bands=shape.flow.bands))
+    now, then, weights = shape.flow, before.config.flow, before.state_dict()
+    deep = replace(then.deep, window=now.deep.window)
+    theirs = replace(before.config, flow=replace(then, deep=deep, groups=now.groups, bins=now.bins))
+    if theirs.codec == shape.codec and (then.bands, then.bins) != (now.bands, now.bins):
+        weights = _of_bands(weights, then.bands, now.bands)
+        theirs = replace(theirs, flow=replace(theirs.flow, bands=now.bands))
     if None in (theirs.denoiser, shape.denoiser):
         weights = {name: w for name, w in weights.items() if not name.startswith("denoiser.")}
         theirs = replace(theirs, denoiser=shape.denoiser)
@@ -40,3 +41,23 @@ def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) ->
     model.load_state_dict(mine | weights)
     earlier = about.get("before") or {}
     return {name: about.get(name, 0) + earlier.get(name, 0) for name in ("steps", "minutes")}
+
+
+def _of_bands(weights: dict[str, Tensor], before: tuple[int, ...], now: tuple[int, ...]) -> dict[str, Tensor]:
+    """Weights for other bands and curves: each band begins as the one it is part of, if all of them are, each curve straight."""
+    blocks = "flow.shallow.blocks."
+    kept: dict[str, Tensor] = {}
+    wholes = [slice(end - size, end) for size, end in zip(before, accumulate(before), strict=True)]
+    for index, (size, end) in enumerate(zip(now, accumulate(now), strict=True)):
+        start = end - size
+        whole = next((k for k, band in enumerate(wholes) if band.start <= start and end <= band.stop), None)
+        if whole is None:
+            kept = {}
+            break
+        part = slice(start - wholes[whole].start, end - wholes[whole].start)
+        for name, w in weights.items():
+            if name.startswith(f"{blocks}{whole}."):
+                if ".proj_out." in name:  # scales of all channels, then means
+                    w = w.unflatten(0, (2, before[whole]))[:, part].flatten(0, 1)
+                kept[name.replace(f"{blocks}{whole}.", f"{blocks}{index}.")] = w
+    return {name: w for name, w in weights.items() if not name.startswith("flow.shallow.")} | kept

@@ -116,6 +116,7 @@ class Trainer:
             kind=config.kind,
             bands=config.bands,
             groups=config.groups,
+            bins=config.bins,
             window=config.window,
             noise=noise,
             denoiser=config.denoiser,
