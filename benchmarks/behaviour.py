@@ -23,7 +23,9 @@ from sfv_world.film import imagine, long_clips
 from sfv_world.loading import load_world
 from sfv_world.world import World
 
-ACTIONS = {"doom-basic": ["noop", "attack", "right", "left"], "doom-takecover": ["noop", "right", "left"]}
+MOVED = 40.0
+"""Mean square difference, in levels, of a view that moved."""
+ACTIONS = {"doom-basic": {2: "right", 3: "left"}, "doom-takecover": {1: "right", 2: "left"}}
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,20 @@ def random_play(world: World, held_out: Episodes, config: BehaviourConfig) -> di
     }
 
 
-def shift(before: np.ndarray, after: np.ndarray) -> float:
-    """Pixels that the view moved to the right between two frames (phase correlation of the part above the weapon)."""
-    gray = [cv2.cvtColor(frame[:40], cv2.COLOR_RGB2GRAY).astype(np.float32) for frame in (before, after)]
-    return cv2.phaseCorrelate(*gray, cv2.createHanningWindow((64, 40), cv2.CV_32F))[0][0]
+def coarse(frames: np.ndarray) -> np.ndarray:
+    """What is above the weapon, without the grain: texture that is imagined differs, where the walls are does not."""
+    return np.stack([cv2.GaussianBlur(frame[:40].astype(np.float32), (0, 0), 1.5) for frame in frames])
 
 
 def strafing(
-    world: World, held_out: Episodes, names: list[str], config: BehaviourConfig
+    world: World, held_out: Episodes, names: dict[int, str], config: BehaviourConfig
 ) -> dict[str, dict[str, float]]:
-    """Pixels a frame that the view moves while an action is held for six frames: imagined, and what really happened there."""
-    context, held = 8, 6
-    found = {}
-    for number, name in enumerate(names):
+    """How far the view gets while an action is held for six steps: the real step that the last imagined frame is nearest to.
+
+    Of clips in which the real view moves; an imagined one that moves as far is nearest to the sixth, one that stays to step 0.
+    """
+    context, held, found = 8, 6, {}
+    for number, name in names.items():
         starts = [
             start
             for first, end in zip(held_out.starts, held_out.ends, strict=True)
@@ -98,12 +101,13 @@ def strafing(
         ]
         chosen = np.random.default_rng(config.seed).permutation(starts)[: config.rows]
         clips = ClipSampler(held_out, context + held, len(chosen)).clips(chosen)
-        imagined, real = imagine(world, clips, context).imagined, clips.frames[:, context:]
-        moved = []
-        for frames in (imagined, real):
-            before, after = (frames[:, part].reshape(-1, *frames.shape[2:]) for part in (np.s_[2:-1], np.s_[3:]))
-            moved.append(np.median([shift(a, b) for a, b in zip(before, after, strict=True)]))
-        found[name] = {"imagined": float(moved[0]), "real": float(moved[1]), "clips": len(chosen)}
+        imagined = imagine(world, clips, context, config.seed).imagined
+        steps = []
+        for real, ours in zip(clips.frames[:, context - 1 :], imagined, strict=True):
+            real = coarse(real)
+            if np.square(real[-1] - real[0]).mean() > MOVED:
+                steps.append(np.square(real - coarse(ours[-1:])).mean((1, 2, 3)).argmin())
+        found[name] = {"nearest_step": float(np.mean(steps)), "of": held, "clips": len(steps)}
     return found
 
 
