@@ -16,7 +16,7 @@ from torch.autograd.functional import jacobian
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.model import DeepKind
-from sfv_world.flow.shallow import BandFlow, spread
+from sfv_world.flow.shallow import BandFlow
 from sfv_world.flow.spline import REACH, Curve, Spline
 from sfv_world.flow.transformer import Order, SlotTransformer, TransformerConfig
 from sfv_world.layers import Attention, FinalNorm, Rope, rotate
@@ -251,36 +251,12 @@ def test_a_band_follows_from_the_coarser_ones_of_the_whole_frame(groups: Literal
     assert shallow.passes == groups + 2
 
 
-@torch.no_grad()
-def test_of_six_groups_the_first_are_means_of_two_by_two_tokens() -> None:
-    """They follow from the means before them and nothing else; then come columns, and then all that is left."""
-    grid = torch.arange(16).view(4, 4)
-    assert spread((4, 4), 6).view(4, 4).tolist() == [[0, 4, 2, 4], [5, 5, 5, 5], [3, 4, 1, 4], [5, 5, 5, 5]]
-    shallow = randomised(BandFlow(TransformerConfig(16, 1, head_dim=16), (4, 4), (1, 2), 6, (3,), 16)).double()
-    tokens, condition = normal(1, 16, 3, dtype=torch.float64), normal(1, 16, 16, seed=1, dtype=torch.float64)
-    corner = grid[:2, :2].flatten()  # the first mean's
-    same_mean = tokens.clone()
-    same_mean[0, corner, 0] += torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    other_mean = tokens.clone()
-    other_mean[0, corner, 0] += 1
-    group = spread((4, 4), 6)
-    (before, _, _), (same, _, _), (other, _, _) = (shallow(x, condition) for x in (tokens, same_mean, other_mean))
-    moved = (same != before)[0, :, 0]
-    assert not moved[group < 4].any() and moved[grid[0, 1]]
-    moved = (other != before)[0, :, 0]
-    assert moved[group < 4].all() and moved[group == 5].all()
-    assert not torch.equal(same[..., 1:], before[..., 1:])
-    assert shallow.passes == 6 + 1
-
-
 def test_bands_must_be_those_of_the_tokens() -> None:
     config = tiny_flow().config
     with pytest.raises(ValueError, match=r"add up to the 3 channels, got \(1, 1\)"):
         replace(config, bands=(1, 1))
-    with pytest.raises(ValueError, match=r"groups must be 1, 2, 4 or 6, and 1 without bands, got 2 and bands \(\)"):
+    with pytest.raises(ValueError, match=r"groups must be 1, 2 or 4, and 1 without bands, got 2 and bands \(\)"):
         replace(config, groups=2)
-    with pytest.raises(ValueError, match=r"cannot be halved, got 6 and grid \(2, 3\)"):
-        replace(config, bands=(1, 2), groups=6, grid=(2, 3))
     with pytest.raises(ValueError, match=r"bins must be 2 or more, .* bands \(1, 2\), got \(8, 1\)"):
         replace(config, bands=(1, 2), bins=(8, 1))
 

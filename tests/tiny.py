@@ -35,8 +35,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def of_kind(config: FlowConfig, kind: Kind) -> FlowConfig:
     """The same sizes, as a flow of the given kind."""
     if kind == "bands":
-        bands = (1, config.channels - 1) if config.channels > 1 else (1,)
-        return replace(config, bands=bands, groups=4 if any(side % 2 for side in config.grid) else 6, bins=(4,))
+        return replace(config, bands=(1, config.channels - 1) if config.channels > 1 else (1,), groups=4, bins=(4,))
     return replace(config, kind=kind, draft_width=config.deep.head_dim if kind == "autoregressive" else 0)
 
 

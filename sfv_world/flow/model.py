@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.shallow import MEANS_FIRST, BandFlow, RasterFlow, Stage
+from sfv_world.flow.shallow import BandFlow, RasterFlow, Stage
 from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
 
 DeepKind = Literal["frame-parallel", "autoregressive"]
@@ -40,7 +40,7 @@ class FlowConfig:
     bands: tuple[int, ...] = ()
     """Channels of each band of a shallow flow that goes from coarse to fine instead; all together those of a token."""
     groups: int = 1
-    """Groups of tokens that the coarsest band is drawn in, one after the other: 1, 2 or 4, or 6 of means and differences."""
+    """Groups of tokens that the coarsest band is drawn in, one after the other: 1, 2 or 4."""
     bins: tuple[int, ...] = ()
     """Bins of the curves that the coarsest bands are drawn with, one after the other; the other bands' maps are affine."""
     kind: DeepKind = "frame-parallel"
@@ -59,10 +59,8 @@ class FlowConfig:
             raise ValueError(f"draft_width must be 0 for a deep flow of one pass, got {self.draft_width}")
         if self.bands and (min(self.bands) < 1 or sum(self.bands) != self.channels):
             raise ValueError(f"bands must be positive and add up to the {self.channels} channels, got {self.bands}")
-        if self.groups not in (1, 2, 4, MEANS_FIRST) or (self.groups > 1 and not self.bands):
-            raise ValueError(f"groups must be 1, 2, 4 or 6, and 1 without bands, got {self.groups} and bands {self.bands}")
-        if self.groups == MEANS_FIRST and (self.grid[0] % 2 or self.grid[1] % 2):
-            raise ValueError(f"groups must not be 6 where a grid cannot be halved, got 6 and grid {self.grid}")
+        if self.groups not in (1, 2, 4) or (self.groups > 1 and not self.bands):
+            raise ValueError(f"groups must be 1, 2 or 4, and 1 without bands, got {self.groups} and bands {self.bands}")
 
         if len(self.bins) > len(self.bands) or any(n < 2 for n in self.bins):
             raise ValueError(f"bins must be 2 or more, at most one for each of the bands {self.bands}, got {self.bins}")

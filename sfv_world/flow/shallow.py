@@ -11,16 +11,12 @@ from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.spline import Curve, Spline
 from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
-
-MEANS_FIRST = 6
-"""So many groups are of means and differences."""
 
 
 class Stage(NamedTuple):
@@ -82,15 +78,12 @@ class BandFlow(nn.Module):
     """Coupling from coarse to fine: the map of a band of channels follows from all coarser bands of the frame.
 
     Nothing is coarser than the first band. Its tokens are drawn in `groups`, evenly spread over the frame: those of one follow
-    from the groups before, by the same Transformer. In six groups, what is drawn is the mean of every 2 x 2 tokens, in four, and
-    then how they differ. The first bands' maps are curves of so many `bins`: what acts in a world is
+    from the groups before, by the same Transformer. The first bands' maps are curves of so many `bins`: what acts in a world is
     here or there, and no affine map makes that of normal noise. All others are affine.
     """
 
     group: Int[Tensor, "l"]
     """Of every token, the group of its first band."""
-    haar: Float[Tensor, "4 4"]
-    """Of 2 x 2 tokens twice their mean, and how columns, rows and diagonals differ."""
 
     def __init__(
         self,
@@ -116,10 +109,7 @@ class BandFlow(nn.Module):
         )
         for parameter in self.bends.parameters():
             nn.init.zeros_(parameter)
-        self.grid = grid
         self.register_buffer("group", spread(grid, groups), persistent=False)
-        signs = torch.tensor([[1, 1], [1, -1]])
-        self.register_buffer("haar", 0.5 * torch.kron(signs, signs), persistent=False)
 
     @property
     def passes(self) -> int:
@@ -132,11 +122,10 @@ class BandFlow(nn.Module):
         """tokens -> (latents, log|det| by token, nothing), for frames that know nothing of each other."""
         latents, log_dets = [], []
         for index, band in enumerate(self.bands):
-            known, x = tokens[..., : band.start], self._blend(index, tokens[..., band])
-            told = self._tell(index, 0, known, x, condition)
+            told = self._tell(index, 0, tokens, condition)
             for group in range(1, self.groups[index]):
-                told = self._from(group, self._tell(index, group, known, x, condition), told)
-            z, log_det = self._map(index, told).normalise(x)
+                told = self._from(group, self._tell(index, group, tokens, condition), told)
+            z, log_det = self._map(index, told).normalise(tokens[..., band])
             latents.append(z)
             log_dets.append(log_det)
         return torch.cat(latents, dim=-1), torch.stack(log_dets).sum(0), []
@@ -156,28 +145,29 @@ class BandFlow(nn.Module):
         """
         tokens, found, log_dets = latents[..., :0], [], []
         for index, band in enumerate(self.bands):
-            told = self._tell(index, 0, tokens, latents[..., band], condition)
+            told = self._tell(index, 0, tokens, condition)
             x = self._map(index, told).denormalise(latents[..., band])
             for group in range(1, self.groups[index]):
-                told = self._from(group, self._tell(index, group, tokens, x, condition), told)
+                here = self._tell(index, group, torch.cat([tokens, x], dim=-1), condition)
+                told = self._from(group, here, told)
                 x = self._map(index, told).denormalise(latents[..., band])
             z, log_det = self._map(index, told).normalise(x)
-            tokens = torch.cat([tokens, self._blend(index, x)], dim=-1)
+            tokens = torch.cat([tokens, x], dim=-1)
             found.append(z)
             log_dets.append(log_det)
         return tokens, torch.cat(found, dim=-1), torch.stack(log_dets).sum(0)
 
     def _tell(
-        self, index: int, group: int, known: Tensor, x: Tensor, condition: Tensor | None
+        self, index: int, group: int, tokens: Tensor, condition: Tensor | None
     ) -> Float[Tensor, "n l parameters"]:
-        """What is told of a band's map, right for a group of tokens; channels that are not known yet hold the start token's.
-
-        Known are the coarser bands and, of the band itself (`x`), the groups before.
-        """
+        """What is told of a band's map, right for a group of tokens; channels that are not known yet hold the start token's."""
         block, band = cast(SlotTransformer, self.blocks[index]), self.bands[index]
-        start = block.sos_embed.expand(*known.shape[:-1], -1)
-        own = torch.where((self.group < group)[:, None], x, start[..., band]) if group else start[..., band]
-        slots = torch.cat([known, own, start[..., band.stop :]], dim=-1)
+        start = block.sos_embed.expand(*tokens.shape[:-1], -1)
+        known = [tokens[..., : band.start]]
+        if group:
+            before = (self.group < group)[:, None]
+            known.append(torch.where(before, tokens[..., band], start[..., band]))
+        slots = torch.cat([*known, start[..., band.stop if group else band.start :]], dim=-1)
         features = block.alone(slots, condition)
         with torch.autocast(features.device.type, enabled=False):
             told = [block.proj_out(features), *(bend(features) for bend in self.bends[index : index + 1])]
@@ -191,27 +181,13 @@ class BandFlow(nn.Module):
             return fields
         return Curve(fields, Spline.from_parameters(parameters[..., 2 * size :].unflatten(-1, (size, -1))))
 
-    def _blend(self, index: int, x: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
-        """Tokens of a band as they are drawn, or back: an orthonormal map that is its own inverse."""
-        if self.groups[index] != MEANS_FIRST:
-            return x
-        corners = rearrange(x, "n (r i c j) k -> n r c k (i j)", r=self.grid[0] // 2, i=2, j=2)
-        return rearrange(corners @ self.haar, "n r c k (i j) -> n (r i c j) k", i=2)
-
     def _from(self, group: int, later: Tensor, earlier: Tensor) -> Tensor:
         """What is told of tokens (n, l, ...): the later of a group on, the earlier before it."""
         return torch.where((self.group < group)[:, None], earlier, later)
 
 
 def spread(grid: tuple[int, int], groups: int) -> Int[Tensor, "l"]:
-    """The group of each place: all the same, the two colours of a chessboard, or these cut again into every other row.
-
-    Or, of six, means first: of 2 x 2 places one has their mean, in four groups as above, and then come columns, and then all else.
-    """
+    """The group of each place: all the same, the two colours of a chessboard, or these cut again into every other row."""
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    if groups == MEANS_FIRST:
-        coarse = spread((grid[0] // 2, grid[1] // 2), 4).view(grid[0] // 2, grid[1] // 2)
-        coarse = coarse.repeat_interleave(2, 0).repeat_interleave(2, 1)
-        return torch.where(row % 2 == 1, 5, torch.where(column % 2 == 1, 4, coarse)).flatten()
     colour, half = (row + column) % 2, row % 2
     return {1: 0 * colour, 2: colour, 4: 2 * colour + half}[groups].flatten()

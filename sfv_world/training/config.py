@@ -29,9 +29,8 @@ class TrainConfig:
     """Which deep flow."""
     bands: int | None = None
     """Bands of the shallow flow, 0 for raster blocks; none: what goes best with the deep flow."""
-    groups: Literal[1, 2, 4, 6] = 1
-    """Groups of patches that the coarsest band is drawn in, one after the other: more hang together better, each takes a pass.
-    In 6, the mean of every 2 x 2 patches comes first."""
+    groups: Literal[1, 2, 4] = 1
+    """Groups of patches that the coarsest band is drawn in, one after the other: more hang together better, each takes a pass."""
     bins: int = 0
     """Bins of the curves that the coarsest band is drawn with, a patch's brightness before its colour and that before the rest: for
     worlds in which things are here or there. 0: affine maps, all at once."""
