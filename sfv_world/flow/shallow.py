@@ -124,7 +124,7 @@ class BandFlow(nn.Module):
         for index, band in enumerate(self.bands):
             told = self._tell(index, 0, tokens, condition)
             for group in range(1, self.groups[index]):
-                told = self._from(group, self._tell(index, group, tokens, condition), told)
+                told = self._tell(index, group, tokens, condition, told)
             z, log_det = self._map(index, told).normalise(tokens[..., band])
             latents.append(z)
             log_dets.append(log_det)
@@ -145,33 +145,37 @@ class BandFlow(nn.Module):
         """
         tokens, found, log_dets = latents[..., :0], [], []
         for index, band in enumerate(self.bands):
-            told = self._tell(index, 0, tokens, condition)
-            x = self._map(index, told).denormalise(latents[..., band])
-            for group in range(1, self.groups[index]):
-                here = self._tell(index, group, torch.cat([tokens, x], dim=-1), condition)
-                told = self._from(group, here, told)
-                x = self._map(index, told).denormalise(latents[..., band])
-            z, log_det = self._map(index, told).normalise(x)
-            tokens = torch.cat([tokens, x], dim=-1)
+            told, known = None, tokens
+            for group in range(self.groups[index]):
+                told = self._tell(index, group, known, condition, told)
+                curve = self._map(index, told)
+                x = curve.denormalise(latents[..., band])
+                known = torch.cat([tokens, x], dim=-1)
+            z, log_det = curve.normalise(x)
+            tokens = known
             found.append(z)
             log_dets.append(log_det)
         return tokens, torch.cat(found, dim=-1), torch.stack(log_dets).sum(0)
 
     def _tell(
-        self, index: int, group: int, tokens: Tensor, condition: Tensor | None
+        self, index: int, group: int, tokens: Tensor, condition: Tensor | None, earlier: Tensor | None = None
     ) -> Float[Tensor, "n l parameters"]:
-        """What is told of a band's map, right for a group of tokens; channels that are not known yet hold the start token's."""
+        """Parameters of a band's map, right for tokens up to a group; `earlier` are those told of the groups before.
+
+        Channels that are not known yet hold the start token's.
+        """
         block, band = cast(SlotTransformer, self.blocks[index]), self.bands[index]
         start = block.sos_embed.expand(*tokens.shape[:-1], -1)
+        before = (self.group < group)[:, None]
         known = [tokens[..., : band.start]]
         if group:
-            before = (self.group < group)[:, None]
             known.append(torch.where(before, tokens[..., band], start[..., band]))
         slots = torch.cat([*known, start[..., band.stop if group else band.start :]], dim=-1)
         features = block.alone(slots, condition)
         with torch.autocast(features.device.type, enabled=False):
             told = [block.proj_out(features), *(bend(features) for bend in self.bends[index : index + 1])]
-        return torch.cat(told, dim=-1)
+        now = torch.cat(told, dim=-1)
+        return now if earlier is None else torch.where(before, earlier, now)
 
     def _map(self, index: int, parameters: Float[Tensor, "n l parameters"]) -> Fields | Curve:
         """The map of a band."""
@@ -180,10 +184,6 @@ class BandFlow(nn.Module):
         if index >= len(self.bends):
             return fields
         return Curve(fields, Spline.from_parameters(parameters[..., 2 * size :].unflatten(-1, (size, -1))))
-
-    def _from(self, group: int, later: Tensor, earlier: Tensor) -> Tensor:
-        """What is told of tokens (n, l, ...): the later of a group on, the earlier before it."""
-        return torch.where((self.group < group)[:, None], earlier, later)
 
 
 def spread(grid: tuple[int, int], groups: int) -> Int[Tensor, "l"]:
