@@ -19,7 +19,7 @@ from sfv_world.training.distributed import ALONE, Group, load_state, save_state
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 SMALL = dict(
     preset="tiny", steps=3, patch=8, clip=4, window=2, batch=6, bands=2, warmup=2, held_out=0.3, device="cpu",
-    validate_minutes=0.0, objective={"score_every": 2},
+    validate_minutes=0.0, objective={"score_every": 2, "imagined": 1.0},
 )  # fmt: skip
 LENGTHS = (6, 7, 30, 5, 30, 6, 7, 5)
 """Frames of the episodes: those to train on are short, so that many clips are padded; those held out are long enough to film."""
@@ -62,7 +62,8 @@ def home(tmp_path_factory):
     def run(name, **options):
         return {**SMALL, "data": data, "out": str(home / name), **options}
 
-    drafted, shards = {"kind": "autoregressive", "bands": 0}, {"parallel": "fully-shard"}
+    drafted = {"kind": "autoregressive", "bands": 0, "objective": {"score_every": 2}}
+    shards = {"parallel": "fully-shard"}
     plan = [
         (1, [run("one"), run("one-drafted", **drafted), run("from-one", stop=1)]),
         (

@@ -284,3 +284,27 @@ def test_flow_and_codec_must_fit() -> None:
     config = model_config(1, 16, 16, patch=4)
     with pytest.raises(ValueError, match=r"expected \(channels, grid\) \(192, \(2, 2\)\).*got \(48, \(4, 4\)\)"):
         ModelConfig(PixelCodecConfig(16, 16, patch=8), config.flow)
+
+
+@torch.no_grad()
+def test_a_frame_is_drawn_anew_from_the_real_ones_before_it() -> None:
+    world, clips = model("bands"), batch()
+    tokens = world.noised_tokens(clips.frames, torch.rand(clips.frames.shape), torch.randn(clips.frames.shape))
+    encoding = world(tokens, clips.actions, clips.known).encoding
+    close(world.flow.redraw(encoding, encoding.noise), tokens, atol=1e-4)
+    other = encoding.noise.clone()
+    other[:, 2] += 1
+    moved = (world.flow.redraw(encoding, other) != world.flow.redraw(encoding, encoding.noise)).flatten(2).any(2)
+    assert moved[:, 2].all() and not moved[:, [0, 1, 3, 4]].any()
+
+
+def test_outcomes_are_learned_from_imagined_pasts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, clips = model("bands"), batch()
+    alone, with_own = (loss(world, clips, imagined=imagined)[1] for imagined in (0.0, 1.0))
+    exact(with_own["flow_loss"], alone["flow_loss"])
+    for name in ("termination_loss", "reward_loss"):
+        assert with_own[name] != alone[name]
+    redraw = world.flow.redraw
+    monkeypatch.setattr(world.flow, "redraw", lambda encoding, noise: redraw(encoding, encoding.noise))
+    for name, value in loss(world, clips, imagined=1.0)[1].items():  # what is drawn is what was real
+        close(value, alone[name], atol=1e-4)

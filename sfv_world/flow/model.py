@@ -154,6 +154,12 @@ class VideoFlow(nn.Module):
         log_det = rearrange(log_det, "(b t) l -> b t l", t=frames) + deep_log_det
         return Encoding(noise, log_det, latents, features, fields)
 
+    @torch.no_grad()
+    def redraw(self, encoding: Encoding, noise: Float[Tensor, "b t l c"]) -> Float[Tensor, "b t l c"]:
+        """Every frame of a video that was read drawn anew, given the real ones before it: frame-parallel flows in bands only."""
+        flat = [rearrange(x, "b t l c -> (b t) l c") for x in (encoding.fields.denormalise(noise), encoding.features)]
+        return rearrange(self.shallow.inverse(*flat), "(b t) l c -> b t l c", t=noise.shape[1])
+
     def draft(
         self, noise: Float[Tensor, "n l c"], previous: Stage, controls: Float[Tensor, "n k d"] | None
     ) -> Float[Tensor, "n l c"]:

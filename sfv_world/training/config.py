@@ -110,5 +110,10 @@ class TrainConfig:
             raise ValueError(
                 f"objective.errors: expected 0 but for a frame-parallel deep flow of our own, got {self.objective.errors}."
             )
+        if self.objective.imagined and (self.freeze_backbone or self.kind != "frame-parallel" or self.bands == 0):
+            raise ValueError(
+                "objective.imagined: expected 0 but for a frame-parallel deep flow of our own and bands, got "
+                f"{self.objective.imagined}."
+            )
         if self.prompt and not self.freeze_backbone:
             raise ValueError(f"prompt: expected none without --freeze-backbone, got {self.prompt!r}. Leave it out.")

@@ -63,6 +63,8 @@ class ObjectiveConfig:
     """Part of the actions that training hides, so that p(frame | no action) is learned too."""
     errors: float = 0.0
     """Part of the clips whose past is told with errors, so that a world finds back from its own; see `with_errors`."""
+    imagined: float = 0.0
+    """Part of the steps in which rewards and ends are learned from pasts that the model drew, too: a world reads its own."""
     reward_weight: float = 0.02
     """Weight of the reward's cross-entropy (nats a frame) beside the flow's nats a dimension."""
     termination_weight: float = 0.1
@@ -80,6 +82,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.errors <= 1:
             raise ValueError(f"errors: expected 0 to 1, got {self.errors}.")
+        if not 0 <= self.imagined <= 1:
+            raise ValueError(f"imagined: expected 0 to 1, got {self.imagined}.")
         if self.score_every < 1:
             raise ValueError(f"score_every: expected at least 1, got {self.score_every}.")
 
@@ -126,15 +130,23 @@ def world_loss(
     told = {}
     if config.errors and not plain:
         told["told"] = with_errors(tokens, model.config.codec.grid, config.errors, generator, group)
-    reading = (replica or model)(tokens, batch.actions, batch.known & kept, heads_apart=plain, **told)
+    known = batch.known & kept
+    reading = (replica or model)(tokens, batch.actions, known, heads_apart=plain, **told)
     nats = -reading.log_likelihood / model.config.dimensions
     share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight, group)
     weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.dimensions
 
     later = torch.arange(t, device=device) > 0
     weights = (batch.valid & ~batch.terminal) * torch.where(later | plain, 1.0, config.first_frame_weight)
-    reward, termination = model.heads.loss(reading.outcome, batch.rewards, batch.terminations)
-    reward, termination = (group.mean(part, (batch.valid & later).float()) for part in (reward, termination))
+    outcomes = [reading.outcome]
+    if config.imagined and not plain and torch.rand((), generator=generator, device=device) < config.imagined:
+        assert isinstance(model, WorldModel), "TrainConfig has seen to it"
+        noise = group.own(torch.randn((rows, *tokens.shape[1:]), generator=generator, device=device))
+        outcomes.append(model.outcome(model.flow.redraw(reading.encoding, noise), batch.actions, known))
+    found = [model.heads.loss(outcome, batch.rewards, batch.terminations) for outcome in outcomes]
+    reward, termination = (
+        group.mean(torch.stack(parts).mean(0), (batch.valid & later).float()) for parts in zip(*found, strict=True)
+    )
     flow = group.mean(weighted, weights)
     loss = flow + config.reward_weight * reward + config.termination_weight * termination
     drafts = {}
