@@ -50,11 +50,13 @@ def tiny_flow(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     scale: float = 0.15,
+    curved: bool = True,
 ) -> VideoFlow:
-    """A video flow of width 16 with random weights, in evaluation mode."""
+    """A video flow of width 16 with random weights, in evaluation mode; its bands, if it has any, `curved` or all affine."""
     deep = TransformerConfig(width=16, depth=depth, head_dim=16, window=window)
     shallow = replace(deep, depth=1, window=1)
     config = of_kind(FlowConfig(channels, grid, deep, shallow, blocks, control_width=CONTROL_WIDTH), kind)
+    config = config if curved else replace(config, bins=())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         flow = VideoFlow(config)
