@@ -111,6 +111,28 @@ def strafing(
     return found
 
 
+def monsters(frames: np.ndarray) -> np.ndarray:
+    """How many figures stand before the far wall of Take Cover, and which part of it is in view, (2, n)."""
+    colours = frames.astype(np.float32)
+    light, tint = colours.mean(-1), colours[..., 0] - colours[..., 2]
+    far = (tint[:, 20:24].mean(1) < 12) & (tint[:, 44:48].mean(1) < 12)  # grey above and below: no wall at the side
+    dark = far & (light[:, 29:34].min(1) < 35)
+    return np.stack([(dark[:, 1:] & ~dark[:, :-1]).sum(1) + dark[:, 0], far.mean(1)])
+
+
+def population(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[str, list[float]]:
+    """Monsters in a full view of Take Cover, in tens of steps: in the game, and imagined from its frames, under its actions."""
+    context, steps = 8, 60
+    starts = np.random.default_rng(config.seed).permutation(np.flatnonzero(held_out.lengths > context + steps))
+    clips = ClipSampler(held_out, context + steps, len(starts)).clips(held_out.starts[starts][: config.rows])
+    imagined = imagine(world, clips, context, config.seed).imagined
+    found = {}
+    for name, frames in ("real", clips.frames[:, context:]), ("imagined", imagined):
+        tens = (monsters(part.reshape(-1, *frames.shape[2:])).sum(1) for part in np.split(frames, steps // 10, axis=1))
+        found[name] = [float(figures / views) for figures, views in tens]
+    return found
+
+
 def endings(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[str, float]:
     """Imagined rollouts of the last moments of real episodes and of moments that nothing came of, under the real actions.
 
@@ -147,6 +169,8 @@ def main(config: BehaviourConfig) -> dict[str, Any]:
     }
     if world.name in ACTIONS:
         found["strafing"] = strafing(world, held_out, ACTIONS[world.name], config)
+    if world.name == "doom-takecover":
+        found["monsters"] = population(world, held_out, config)
     print(json.dumps(found, indent=2))
     assert world.folder is not None
     with replacing(world.folder / "behaviour.json") as beside:

@@ -105,6 +105,8 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
     usual = TypeAdapter(TrainConfig).dump_python(TrainConfig(Path(run["data"]), Path(run["out"]), steps=1), mode="json")
     options = " ".join(_options(run, {**usual, "data": None, "out": None, "device": run["device"]}))
+    processes = world.about.get("processes", 1)
+    command = "sfv-world" if processes == 1 else f"torchrun --nproc-per-node {processes} -m sfv_world"
     codec, signal, density, clean = "pixels", "pixels in [-1, 1]", "frames", "dequantised frame"
     if isinstance(world.model.config.codec, LatentCodecConfig):
         codec = "latents of {} x {} x {} a frame".format(*world.model.config.codec.signal)
@@ -120,8 +122,8 @@ A learned world: a causal normalizing flow over video, with exact likelihoods. `
 shallow flow of {shallow} of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
 - **Codec**: {codec}.
 - **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
-minutes on `{run["device"]}` with {run["threads"] or "all"} thread(s). Noise {run["noise"]} on {signal}.{start}
-- **Command**: `sfv-world train {options}`
+minutes on `{run["device"]}` by {processes} process(es) of {run["threads"] or "all"} thread(s). Noise {run["noise"]} on {signal}.{start}
+- **Command**: `{command} train {options}`
 - **The density** is over noised {density}: log p({clean} + {run["noise"]} x normal noise | frames before it, actions).
 
 ## Results

@@ -144,13 +144,6 @@ class WorldModel(nn.Module):
         outcome = self.heads(encoding.features.detach() if heads_apart else encoding.features)
         return Reading(encoding, log_likelihood, outcome, draft_error)
 
-    def outcome(
-        self, tokens: Float[Tensor, "b t l c"], actions: Float[Tensor, "b t n"], known: Bool[Tensor, "b t"]
-    ) -> Outcome:
-        """What the heads say after such a past, which is all they see of it (frame-parallel flows only)."""
-        deep = self.flow.deep
-        return self.heads(deep.features(deep.shift(tokens), self.controls(actions, known)))
-
     # The same frame by frame, what `World` does with a model. A stream is used up.
 
     def read_video(

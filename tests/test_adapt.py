@@ -148,7 +148,11 @@ def test_rewards_and_ends_of_a_step_are_those_of_its_frames(config):
     ("change", "expected"),
     [
         ({"init": None}, r"freeze_backbone: expected the folder of a released model in init, got none.*--init"),
-        ({"patch": 2}, r"freeze_backbone: expected --parallel ddp and no codec, patch or bands.*got ddp, None, 2"),
+        (
+            {"patch": 2},
+            r"freeze_backbone: expected --parallel ddp and no codec, patch, bands, bins or groups.*got ddp, None, 2",
+        ),
+        ({"groups": 2}, r"freeze_backbone: expected --parallel ddp.*got ddp, None, None, None, 0 and 2"),
         ({"parallel": "fully-shard"}, r"freeze_backbone: expected --parallel ddp"),
         ({"freeze_backbone": False}, r"prompt: expected none without --freeze-backbone, got 'a cat'"),
         ({"freeze_backbone": False, "prompt": ""}, r"expected a world, got a released model.*--freeze-backbone"),

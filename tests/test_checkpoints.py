@@ -20,7 +20,7 @@ def test_a_shipped_world_is_small_and_has_its_card(name):
     results = json.loads((folder / "results.json").read_text())
     card = (folder / "README.md").read_text()
     assert f"{results['density']['bits_per_dim']:.3f}" in card
-    assert "sfv-world train" in card
+    assert f" train --data data/{name}" in card
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from sfv_world.checkpoint import MODEL, load_model, load_tensors
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.training import trainer
 from sfv_world.training.config import TrainConfig
+from sfv_world.training.objective import ObjectiveConfig
 from sfv_world.training.trainer import Trainer, train
 
 
@@ -158,9 +159,22 @@ def test_minutes_end_a_run(config, kind):
     assert (config.out / MODEL).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=None), "steps, minutes: expected at least one"),
+        (dict(bins=4, bands=0), "bins: expected 0 for a shallow flow without bands, got 4.*--bands"),
+        (dict(bins=4, kind="autoregressive"), "bins: expected 0 for a shallow flow without bands, got 4"),
+        (dict(objective=ObjectiveConfig(imagined=1.0), bands=0), "objective.imagined: expected 0 but for .* bands, got 1.0"),
+        (dict(objective=ObjectiveConfig(errors=0.5), kind="autoregressive"), "objective.errors: expected 0 but for .* got 0.5"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_told(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
 def test_mistakes_are_told(config):
-    with pytest.raises(ValueError, match="steps, minutes: expected at least one"):
-        replace(config, steps=None)
     train(config)
     with pytest.raises(ValueError, match="Add --resume"):
         Trainer(config)

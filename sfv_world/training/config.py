@@ -101,10 +101,16 @@ class TrainConfig:
                 "freeze_backbone: expected the folder of a released model in init, got none. Give it (--init); "
                 "`sfv-world convert` makes one."
             )
-        if self.freeze_backbone and (self.parallel != "ddp" or any((self.codec, self.patch, self.bands))):
+        decided = (self.codec, self.patch, self.bands, self.bins, self.groups - 1)
+        if self.freeze_backbone and (self.parallel != "ddp" or any(decided)):
             raise ValueError(
-                "freeze_backbone: expected --parallel ddp and no codec, patch or bands, which the released model decides, got "
-                f"{self.parallel}, {self.codec}, {self.patch} and {self.bands}. Leave them out."
+                "freeze_backbone: expected --parallel ddp and no codec, patch, bands, bins or groups, which the released model "
+                f"decides, got {self.parallel}, {self.codec}, {self.patch}, {self.bands}, {self.bins} and {self.groups}. Leave "
+                "them out."
+            )
+        if self.bins and not (self.kind == "frame-parallel" if self.bands is None else self.bands):
+            raise ValueError(
+                f"bins: expected 0 for a shallow flow without bands, got {self.bins}. Choose bands (--bands) or leave it out."
             )
         if self.objective.errors and (self.freeze_backbone or self.kind != "frame-parallel"):
             raise ValueError(

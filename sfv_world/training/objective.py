@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Clips
 from sfv_world.denoiser import video_score
-from sfv_world.model import WorldModel
+from sfv_world.model import Reading, WorldModel
 from sfv_world.released.adapted import AdaptedModel
 from sfv_world.training.distributed import ALONE, Group
 
@@ -64,7 +64,8 @@ class ObjectiveConfig:
     errors: float = 0.0
     """Part of the clips whose past is told with errors, so that a world finds back from its own; see `with_errors`."""
     imagined: float = 0.0
-    """Part of the steps in which rewards and ends are learned from pasts that the model drew, too: a world reads its own."""
+    """Part of the steps in which everything is learned from a past that the model drew, too: a world reads its own, and what it
+    draws too faintly would fade from frame to frame."""
     reward_weight: float = 0.02
     """Weight of the reward's cross-entropy (nats a frame) beside the flow's nats a dimension."""
     termination_weight: float = 0.1
@@ -127,23 +128,32 @@ def world_loss(
     normal = group.own(torch.randn((rows, t, *signal), generator=generator, device=device))
     kept = group.own(torch.rand((rows, t), generator=generator, device=device)) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal).requires_grad_(plain)
-    told = {}
-    if config.errors and not plain:
-        told["told"] = with_errors(tokens, model.config.codec.grid, config.errors, generator, group)
     known = batch.known & kept
-    reading = (replica or model)(tokens, batch.actions, known, heads_apart=plain, **told)
-    nats = -reading.log_likelihood / model.config.dimensions
     share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight, group)
-    weighted = -((reading.encoding.log_prob * share).sum(-1) + model.codec.log_det) / model.config.dimensions
 
-    later = torch.arange(t, device=device) > 0
-    weights = (batch.valid & ~batch.terminal) * torch.where(later | plain, 1.0, config.first_frame_weight)
-    outcomes = [reading.outcome]
+    def read(past: Tensor) -> tuple[Reading, Tensor]:
+        """What the model says when it is told such a past, and the weighted loss of each frame."""
+        told = {}
+        if config.errors and not plain:
+            told["told"] = with_errors(past, model.config.codec.grid, config.errors, generator, group)
+        elif past is not tokens:
+            told["told"] = past
+        reading = (replica or model)(tokens, batch.actions, known, heads_apart=plain, **told)
+        log_prob = (reading.encoding.log_prob * share).sum(-1) + model.codec.log_det
+        return reading, -log_prob / model.config.dimensions
+
+    readings = [read(tokens)]
+    reading = readings[0][0]
     if config.imagined and not plain and torch.rand((), generator=generator, device=device) < config.imagined:
         assert isinstance(model, WorldModel), "TrainConfig has seen to it"
         noise = group.own(torch.randn((rows, *tokens.shape[1:]), generator=generator, device=device))
-        outcomes.append(model.outcome(model.flow.redraw(reading.encoding, noise), batch.actions, known))
-    found = [model.heads.loss(outcome, batch.rewards, batch.terminations) for outcome in outcomes]
+        readings.append(read(model.flow.redraw(reading.encoding, noise)))
+    nats = -reading.log_likelihood / model.config.dimensions
+    weighted = torch.stack([loss for _, loss in readings]).mean(0)
+
+    later = torch.arange(t, device=device) > 0
+    weights = (batch.valid & ~batch.terminal) * torch.where(later | plain, 1.0, config.first_frame_weight)
+    found = [model.heads.loss(one.outcome, batch.rewards, batch.terminations) for one, _ in readings]
     reward, termination = (
         group.mean(torch.stack(parts).mean(0), (batch.valid & later).float()) for parts in zip(*found, strict=True)
     )

@@ -201,6 +201,7 @@ class Trainer:
             "data": self.train.metadata,
             "steps": self.step,
             "minutes": round(self.elapsed / 60, 1),
+            "processes": self.group.size,
             "before": self.before,
             "held_out": {name: round(value, 4) for name, value in validation.items()},
         }
