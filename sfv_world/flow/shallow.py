@@ -134,7 +134,7 @@ class BandFlow(nn.Module):
         self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
     ) -> Float[Tensor, "n l c"]:
         """latents -> tokens, one band after the other."""
-        return self.decode(latents, condition)[0]
+        return self._draw(latents, condition)[0]
 
     def decode(
         self, latents: Float[Tensor, "n l c"], condition: Float[Tensor, "n l e"] | None = None
@@ -143,19 +143,22 @@ class BandFlow(nn.Module):
 
         Each band's map is evaluated at the very tokens that are returned, so nothing is left to verify.
         """
-        tokens, found, log_dets = latents[..., :0], [], []
+        tokens, maps = self._draw(latents, condition)
+        found = [map_.normalise(tokens[..., band]) for map_, band in zip(maps, self.bands, strict=True)]
+        return tokens, torch.cat([z for z, _ in found], dim=-1), torch.stack([log_det for _, log_det in found]).sum(0)
+
+    def _draw(self, latents: Tensor, condition: Tensor | None) -> tuple[Float[Tensor, "n l c"], list[Fields | Curve]]:
+        """Tokens, and the map of each band that they were drawn by."""
+        tokens, maps = latents[..., :0], []
         for index, band in enumerate(self.bands):
             told, known = None, tokens
             for group in range(self.groups[index]):
                 told = self._tell(index, group, known, condition, told)
-                curve = self._map(index, told)
-                x = curve.denormalise(latents[..., band])
-                known = torch.cat([tokens, x], dim=-1)
-            z, log_det = curve.normalise(x)
+                map_ = self._map(index, told)
+                known = torch.cat([tokens, map_.denormalise(latents[..., band])], dim=-1)
             tokens = known
-            found.append(z)
-            log_dets.append(log_det)
-        return tokens, torch.cat(found, dim=-1), torch.stack(log_dets).sum(0)
+            maps.append(map_)
+        return tokens, maps
 
     def _tell(
         self, index: int, group: int, tokens: Tensor, condition: Tensor | None, earlier: Tensor | None = None
