@@ -141,5 +141,8 @@ def _options(run: dict[str, Any], usual: dict[str, Any], lead: str = "--") -> li
         if isinstance(value, dict):
             found += _options(value, usual.get(name, {}), f"{lead}{name}.")
         elif value not in (None, usual.get(name)) and name != "resume":
-            found.append(f"{lead}{name.replace('_', '-')} {value}")
+            option = name.replace("_", "-")
+            found.append(
+                f"{lead}{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"{lead}{option} {value}"
+            )
     return found

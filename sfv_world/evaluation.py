@@ -63,11 +63,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "outcomes": outcomes(world, held_out, config.seed),
         "rollouts": rollouts(world, held_out, config),
         **({"denoising": denoising(world, held_out, config.clips, config.seed)} if world.model.denoiser else {}),
-        **(
-            {"lossless": lossless(world, train, held_out, config.clips, config.seed)}
-            if world.model.config.noise
-            else {}
-        ),
+        "lossless": lossless(world, train, held_out, config.clips, config.seed),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     folder = config.out or Path(world.folder or ".")

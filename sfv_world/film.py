@@ -67,7 +67,13 @@ def as_shown(world: World, frames: UInt8[np.ndarray, "n h w 3"], seed: int) -> U
 
 
 def compare(world: World, episodes: Episodes, path: Path, rows: int = 4, frames: int = 24, context: int = 4) -> None:
-    """Writes a film (and a contact sheet beside it) of imagined clips above their real continuations."""
+    """Writes a film (and a contact sheet beside it) of imagined clips above their real continuations.
+
+    It is shorter where no episode is long enough, and none where there is none that goes on for a step after the context.
+    """
+    frames = min(frames, int(episodes.lengths.max()) - context - 1) // world.time * world.time
+    if frames < 1:
+        return
     clips = long_clips(episodes, rows, context + frames)
     found = imagine(world, clips, context)
     pairs = np.stack([found.imagined, clips.frames[:, context:]], axis=1)

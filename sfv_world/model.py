@@ -51,6 +51,10 @@ class ModelConfig:
     """The network that cleans frames; none: they are shown with their noise."""
 
     def __post_init__(self) -> None:
+        if not self.noise > 0:
+            raise ValueError(
+                f"noise: expected more than 0, for frames without noise have no density, got {self.noise}."
+            )
         expected = (self.codec.channels, self.codec.grid)
         if (self.flow.channels, self.flow.grid) != expected:
             raise ValueError(

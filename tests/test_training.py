@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import cv2
 import pytest
 import torch
+from gymnasium import spaces
+from recorded import record
 from tiny import normal
 
 from sfv_world.checkpoint import MODEL, load_model, load_tensors
@@ -11,7 +14,7 @@ from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.training import trainer
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import ObjectiveConfig
-from sfv_world.training.trainer import Trainer, train
+from sfv_world.training.trainer import STATE, Trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +128,13 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
     second = Trainer(replace(config, init=config.out, out=tmp_path / "second"))
     for name, tensor in load_model(config.out)[0].state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor)
-    other = Trainer(replace(config, init=config.out, out=tmp_path / "other", bands=2)).model.state_dict()
-    for name, tensor in second.model.state_dict().items():
-        assert name.startswith("flow.shallow.") or torch.equal(tensor, other[name]), name
+    raster = replace(config, bands=0, init=config.out, out=tmp_path / "raster")
+    train(raster)
+    for change in ({"bands": 2}, {"bands": 2, "bins": 4}, {"groups": 2, "bins": 4, "init": raster.out}):
+        begun = Trainer(replace(config, **{"init": config.out, "out": tmp_path / "other"} | change))
+        kept = load_model(begun.config.init)[0].state_dict()
+        for name, tensor in begun.model.state_dict().items():
+            assert name.startswith("flow.shallow.") or torch.equal(tensor, kept[name]), name
     for change in ({"window": 2}, {"denoiser": False}):
         begun = Trainer(replace(config, init=config.out, out=tmp_path / "changed", **change)).model.state_dict()
         assert len(begun) > 50
@@ -135,6 +142,15 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
             assert torch.equal(second.model.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match=r"init: expected a world of the shape.*noise=0.1"):
         Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
+
+
+def test_a_resumed_run_knows_what_it_began_with(config, tmp_path):
+    train(config)
+    second = replace(config, init=config.out, out=tmp_path / "second")
+    train(second)
+    resumed = Trainer(replace(second, init=None, resume=True))
+    assert resumed.before is not None and resumed.before["steps"] == 6
+    assert resumed.config.init == config.out
 
 
 def test_a_band_that_is_cut_begins_as_the_whole_one(config, tmp_path):
@@ -163,6 +179,9 @@ def test_minutes_end_a_run(config, kind):
     ("changes", "message"),
     [
         (dict(steps=None), "steps, minutes: expected at least one"),
+        (dict(steps=0), "steps: expected more than 0, got 0"),
+        (dict(minutes=-1.0), "minutes: expected more than 0, got -1.0"),
+        (dict(warmup=0), "warmup: expected more than 0, got 0"),
         (dict(bins=4, bands=0), "bins: expected 0 for a shallow flow without bands, got 4.*--bands"),
         (dict(bins=4, kind="autoregressive"), "bins: expected 0 for a shallow flow without bands, got 4"),
         (dict(objective=ObjectiveConfig(imagined=1.0), bands=0), "objective.imagined: expected 0 but for .* bands, got 1.0"),
@@ -174,6 +193,30 @@ def test_options_that_do_not_go_together_are_told(config, changes, message):
         replace(config, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(patch=0), "patch must divide height and width, got patch 0"),
+        (dict(window=0), "width, depth, window: expected at least 1, got 96, 2, 0"),
+        (dict(noise=0.0), "noise: expected more than 0.*got 0.0"),
+    ],
+)  # fmt: skip
+def test_shapes_that_are_none_are_told(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(replace(config, **changes))
+
+
+def test_short_episodes_of_any_actions_can_be_learned(config, tmp_path):
+    """Clips go on beyond their ends, films are as long as they can be."""
+    short = record(tmp_path / "short", spaces.Discrete(3, start=1), lengths=(8,) * 6)
+    train(replace(config, data=short))
+    (film,) = (config.out / "samples").glob("*.png")
+    assert cv2.imread(str(film)).shape == (4 * 2 * 16, 3 * 24, 3)  # 8 frames, four of them read, one as an end
+    shortest = record(tmp_path / "shortest", spaces.Discrete(3), lengths=(4,) * 6)
+    with pytest.raises(ValueError, match=r"data: expected a held-out episode of more than 4 frames.*got at most 4"):
+        Trainer(replace(config, data=shortest, out=tmp_path / "none"))
+
+
 def test_mistakes_are_told(config):
     train(config)
     with pytest.raises(ValueError, match="Add --resume"):
@@ -182,3 +225,6 @@ def test_mistakes_are_told(config):
         Trainer(replace(config, resume=True, noise=0.1))
     with pytest.raises(ValueError, match="resume: expected a training run"):
         Trainer(replace(config, resume=True, out=config.out.parent / "nothing"))
+    (config.out / STATE).unlink()
+    with pytest.raises(ValueError, match=r"out: expected a folder without a codec or world, found config.json"):
+        Trainer(config)

@@ -35,7 +35,7 @@ class PixelCodecConfig:
     """Cosine coefficients (True) or raw pixels (False) as the channels of a token."""
 
     def __post_init__(self) -> None:
-        if self.height % self.patch or self.width % self.patch:
+        if self.patch < 1 or self.height % self.patch or self.width % self.patch:
             size = f"{self.height} x {self.width}"
             raise ValueError(f"patch must divide height and width, got patch {self.patch} for frames of {size}")
 

@@ -183,7 +183,7 @@ class Clips:
     frames: UInt8[np.ndarray, "b t h w 3"]
     """Frames."""
     actions: Actions
-    """Actions between the frames, (b, t-1, ...); zeros where padded."""
+    """Actions between the frames, (b, t-1, ...); the last one again where padded."""
     rewards: Float32[np.ndarray, "b t"]
     """Reward received on arriving at each frame; 0 where padded."""
     terminations: Bool[np.ndarray, "b t"]
@@ -270,8 +270,8 @@ class ClipSampler:
         index = np.minimum(wanted, last[:, None])
         return Clips(
             frames=data.frames[index],
-            # An episode's last row holds the zero action, so padded steps have it as well.
-            actions=take(data.actions, index[:, :-1]),
+            # An episode's last row holds no action, but zeros, which the space may not contain.
+            actions=take(data.actions, np.minimum(index[:, :-1], last[:, None] - 1)),
             rewards=np.where(valid, data.rewards[index], np.float32(0)),
             terminations=data.terminations[index] & valid,
             valid=valid,

@@ -41,6 +41,12 @@ class TransformerConfig:
     window: int = 1
     """Frames a slot sees, its own included."""
 
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth, self.window) < 1:
+            raise ValueError(
+                f"width, depth, window: expected at least 1, got {self.width}, {self.depth}, {self.window}."
+            )
+
 
 class SlotTransformer(nn.Module):
     """A windowed causal Transformer over frames of slots, with its output projection to (a, b) of the fields.

@@ -22,11 +22,12 @@ def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) ->
     """
     shape, (before, about) = model.config, load_model(folder, device)
     now, then, weights = shape.flow, before.config.flow, before.state_dict()
-    deep = replace(then.deep, window=now.deep.window)
-    theirs = replace(before.config, flow=replace(then, deep=deep, groups=now.groups, bins=now.bins))
-    if theirs.codec == shape.codec and (then.bands, then.bins) != (now.bands, now.bins):
-        weights = _of_bands(weights, then.bands, now.bands)
-        theirs = replace(theirs, flow=replace(theirs.flow, bands=now.bands))
+    flow = replace(then, deep=replace(then.deep, window=now.deep.window))
+    if before.config.codec == shape.codec:
+        flow = replace(flow, bands=now.bands, groups=now.groups, bins=now.bins)
+        if (then.bands, then.bins) != (now.bands, now.bins):
+            weights = _of_bands(weights, then.bands, now.bands)
+    theirs = replace(before.config, flow=flow)
     if None in (theirs.denoiser, shape.denoiser):
         weights = {name: w for name, w in weights.items() if not name.startswith("denoiser.")}
         theirs = replace(theirs, denoiser=shape.denoiser)

@@ -26,9 +26,13 @@ class Length(Protocol):
 
 
 def check_length(config: Length) -> None:
-    """Raises a ValueError if nothing says when to stop."""
+    """Raises a ValueError if nothing says when to stop, or what does is no length."""
     if config.steps is None and config.minutes is None:
         raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
+    for name in ("steps", "minutes", "warmup"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected more than 0, got {value}.")
 
 
 def progress(config: Length, step: int, elapsed: float) -> float:
@@ -45,7 +49,7 @@ def rate(config: Length, step: int, elapsed: float) -> float:
 
 
 def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """An update for `AveragedModel`. It begins as a plain average: a short run would else remember its random beginning."""
+    """An update for `AveragedModel`. It begins with the latest weights: a short run would else remember its random beginning."""
 
     def update(averages: Any, parameters: Any, count: Any) -> None:
         begun = (int(count) + 1) / (int(count) + 10)

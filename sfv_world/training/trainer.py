@@ -10,6 +10,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from sfv_world.checkpoint import load_autoencoder, save_model
+from sfv_world.checkpoint import CODEC, CONFIG, load_autoencoder, save_model
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
 from sfv_world.film import compare
@@ -54,10 +55,20 @@ class Trainer:
             raise ValueError(
                 f"out: {config.out} holds a training run. Add --resume to continue it, or name another folder."
             )
+        found = [name for name in (CONFIG, CODEC) if not config.resume and (config.out / name).exists()]
+        if found:
+            raise ValueError(
+                f"out: expected a folder without a codec or world, found {found[0]} in {config.out}. Name another."
+            )
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
         self.before: dict[str, int | float] | None = None
         self.model: Any = self._on_released(episodes) if config.freeze_backbone else self._of_own_weights(episodes)
+        if (longest := self.held_out.lengths.max()) <= self._context:
+            raise ValueError(
+                f"data: expected a held-out episode of more than {self._context} frames to start worlds from, got at most "
+                f"{longest} in {config.data}. Record longer ones."
+            )
         self.average = AveragedModel(self.model, multi_avg_fn=moving_average(config.ema))
         denoiser = self.model.denoiser
         if group.size > 1 and config.parallel == "fully-shard":
@@ -104,7 +115,7 @@ class Trainer:
                 f"codec: expected one of frames of {height} x {width} as {config.data} has, got one of {found[0]} x {found[1]} in "
                 f"{config.codec}. Train one on this recording with `sfv-world train-codec`."
             )
-        patch = config.patch or (2 if autoencoder else 8)
+        patch = config.patch if config.patch is not None else 2 if autoencoder else 8
         noise = config.noise if config.noise is not None else autoencoder.config.noise if autoencoder else 0.05
         self.config = config = replace(config, patch=patch, noise=noise)
         torch.manual_seed(config.seed)
@@ -127,7 +138,8 @@ class Trainer:
             cast(LatentCodec, model.codec).autoencoder.load_state_dict(autoencoder.state_dict())
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
         model.codec.fit(torch.from_numpy(self.train.frames[some]).to(config.device), shape.noise)
-        self.before = inherit(model, config.init, config.codec, config.device) if config.init else None
+        if config.init and not config.resume:
+            self.before = inherit(model, config.init, config.codec, config.device)
         return model
 
     @property
@@ -209,7 +221,13 @@ class Trainer:
         if self.group.first:
             save_starts(config.out, self.held_out, frames=self._context)
             save_model(config.out, model, about)
-        progress = {"step": self.step, "elapsed": self.elapsed, "config": self._identity()}
+        progress = {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "config": self._identity(),
+            "init": about["training"]["init"],
+            "before": self.before,
+        }
         save_state(config.out / STATE, self._state(), progress, self.group)
 
     def _state(self) -> dict[str, Tensor]:
@@ -256,9 +274,12 @@ class Trainer:
         norm = gathered(nn.utils.clip_grad_norm_(parameters, config.gradient_clip)).item()
         whole = self.group.average(loss).item()
         if not (math.isfinite(whole) and math.isfinite(norm)):
+            advice = "Begin again"
+            if (config.out / STATE).exists():
+                advice = f"{config.out} keeps the last good checkpoint: go on from it (--resume)"
             raise FloatingPointError(
-                f"step {self.step}: the {part}'s loss is {whole} and its gradient {norm}, expected finite numbers. "
-                f"{config.out} keeps the last good checkpoint; go on from it with --resume and a lower --learning-rate."
+                f"step {self.step}: the {part}'s loss is {whole} and its gradient {norm}, expected finite numbers. {advice} "
+                "with a lower --learning-rate."
             )
         optimizer.step()
         return norm
@@ -293,7 +314,8 @@ class Trainer:
                 f"resume: expected the configuration of the run in {self.config.out}, got {changed} (then, now)."
             )
         load_state(self.config.out / STATE, self._state(), self.group)
-        self.step, self.elapsed = progress["step"], progress["elapsed"]
+        self.step, self.elapsed, self.before = progress["step"], progress["elapsed"], progress["before"]
+        self.config = replace(self.config, init=progress["init"] and Path(progress["init"]))
         self.average.n_averaged.fill_(self.step)
 
     def _sample(self) -> None:
