@@ -103,8 +103,6 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     )
     before = world.about.get("before")
     start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
-    usual = TypeAdapter(TrainConfig).dump_python(TrainConfig(Path(run["data"]), Path(run["out"]), steps=1), mode="json")
-    options = " ".join(_options(run, {**usual, "data": None, "out": None, "device": run["device"]}))
     processes = world.about.get("processes", 1)
     command = "sfv-world" if processes == 1 else f"torchrun --nproc-per-node {processes} -m sfv_world"
     codec, signal, density, clean = "pixels", "pixels in [-1, 1]", "frames", "dequantised frame"
@@ -123,7 +121,7 @@ shallow flow of {shallow} of {flow.shallow.depth} x {flow.shallow.width}; {flow.
 - **Codec**: {codec}.
 - **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
 minutes on `{run["device"]}` by {processes} process(es) of {run["threads"] or "all"} thread(s). Noise {run["noise"]} on {signal}.{start}
-- **Command**: `{command} train {options}`
+- **Command**: `{command} train {train_options(run)}`
 - **The density** is over noised {density}: log p({clean} + {run["noise"]} x normal noise | frames before it, actions).
 
 ## Results
@@ -132,6 +130,12 @@ Measured by `sfv-world evaluate --world {world.name} --data {run["data"]}` ({res
 
 {tables(results)}
 """
+
+
+def train_options(run: dict[str, Any]) -> str:
+    """The options of `sfv-world train` that make a run of such a configuration (JSON), wherever it is computed."""
+    usual = TypeAdapter(TrainConfig).dump_python(TrainConfig(Path(run["data"]), Path(run["out"]), steps=1), mode="json")
+    return " ".join(_options(run, {**usual, "data": None, "out": None, "steps": None, "device": run["device"]}))
 
 
 def _options(run: dict[str, Any], usual: dict[str, Any], lead: str = "--") -> list[str]:

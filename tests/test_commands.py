@@ -1,12 +1,20 @@
 """The commands, run for real at a tiny size, as a user would type them."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import cv2
 import pytest
+import tyro
+from pydantic import TypeAdapter
+
+from sfv_world.card import train_options
+from sfv_world.training.config import TrainConfig
+from sfv_world.training.objective import ObjectiveConfig
 
 
 def run(*arguments, cwd, ok=True):
@@ -55,6 +63,15 @@ def test_evaluate_writes_results_card_and_pictures(world):
     card = (world / "found/README.md").read_text()
     assert out.stdout.strip() in card
     assert cv2.imread(str(world / "found/rollouts.png")) is not None
+
+
+def test_the_command_on_a_card_makes_the_run_of_the_card():
+    config = TrainConfig(
+        Path("data/x"), Path("runs/x"), steps=7, denoiser=False, kind="autoregressive", warmup=3,
+        objective=ObjectiveConfig(action_dropout=0.2),
+    )  # fmt: skip
+    options = train_options(TypeAdapter(TrainConfig).dump_python(config, mode="json"))
+    assert tyro.cli(TrainConfig, args=shlex.split(options)) == config
 
 
 def test_demo_steps_and_films(world):
