@@ -4,9 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from tiny import elsewhere
 
+import sfv_world
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.envs.world_env import WorldEnv
 
@@ -146,6 +149,42 @@ def test_torch_output_stays_on_the_device(tiny_world):
         assert all(isinstance(value, torch.Tensor) for value in (*b[:4], *b[4].values()))
         for x, y in zip((*a[:4], *a[4].values()), (*b[:4], *b[4].values()), strict=True):
             np.testing.assert_array_equal(x, y.numpy())
+
+
+FRAMES = np.random.default_rng(0).integers(256, size=(ROWS, 2, 16, 24, 3), dtype=np.uint8)
+
+
+def given_as(kind, world, actions, step):
+    """What rows begin and go on with, if all that is given is of a kind."""
+    envs = WorldVectorEnv(ROWS, world=world, output="torch", autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    mask = kind(np.array([True, False, True]))
+    frames = FRAMES if kind is np.ndarray.tolist else kind(FRAMES)
+    begun, _ = envs.reset(seed=5, options={"frames": frames, "actions": actions, "reset_mask": mask})
+    assert [torch.equal(*pair) for pair in zip(begun, torch.from_numpy(FRAMES[:, -1]), strict=True)] == [1, 0, 1]
+    return torch.stack([begun, envs.step(step)[0]]).numpy()
+
+
+@pytest.mark.parametrize("kind", [np.ndarray.tolist, elsewhere])
+def test_lists_and_tensors_are_taken_as_arrays_are(tiny_world, kind):
+    actions, step = np.array([[1], [2], [0]]), np.array([2, 0, 1])
+    expected = given_as(np.asarray, tiny_world, actions, step)
+    np.testing.assert_array_equal(given_as(kind, tiny_world, kind(actions), kind(step)), expected)
+
+
+def test_composite_actions_of_some_rows(build_world):
+    space = spaces.Dict(keys=spaces.MultiBinary(2), mouse=spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Discrete(3))))
+    world = sfv_world.load_world(build_world(action_space=space))
+    keys, move, click = np.eye(3, 2, dtype=int), np.linspace(-1, 1, 6).reshape(3, 2), np.arange(3)
+    step = {"keys": keys, "mouse": (move, click)}
+    past = {"keys": keys[:, None], "mouse": (move[:, None], click[:, None])}
+    expected = given_as(np.asarray, world, past, step)
+    learned = torch.tensor(move, requires_grad=True)
+    step = {"keys": elsewhere(keys), "mouse": [learned, click.tolist()]}
+    past = {"keys": elsewhere(keys[:, None]), "mouse": [learned[:, None], click[:, None].tolist()]}
+    np.testing.assert_array_equal(given_as(elsewhere, world, past, step), expected)
+    with pytest.raises(ValueError, match=r"actions: expected a dict with the keys \['keys', 'mouse'\], got \['keys'\]"):
+        given_as(np.asarray, world, {"keys": past["keys"]}, step)
 
 
 def test_memory_is_constant_and_time_does_not_run_out(tiny_world):
