@@ -113,13 +113,11 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self._pending: Fetch | None = None
         self._generators = [seeding.np_random()[0] for _ in range(num_envs)]
 
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begins episodes at observed frames.
 
         Args:
-            seed: of the first row, the others following it; or one for each row.
+            seed: of the first row, the others following it; or one for each row, None for those whose generators go on.
             options: "frames", (num_envs, K, H, W, 3) uint8, K as in `WorldEnv`, with "actions", the num_envs x K-1 actions between
                 them; by default, rows begin at start frames that came with the world. "reset_mask", (num_envs,) bool: rows to
                 reset.
@@ -132,17 +130,10 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         """
         self._settle()
         mask, observed = self._options(options or {})
-        seeds: list[int | None] = [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            seeds = [int(seed) + row for row in range(self.num_envs)]
-        elif seed is not None:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seed: expected {self.num_envs} of them, one per row, got {len(seeds)}.")
-        generators = list(self._generators)
+        seeds, generators = self._seeds(seed), list(self._generators)
         for row in np.flatnonzero(mask):
-            if seeds[row] is not None:
-                generators[row] = seeding.np_random(seeds[row])[0]
+            own, given = generators[row], seeds[row]
+            generators[row] = copy.deepcopy(own) if given is None else seeding.np_random(given)[0]
         previous = self._generators, self._state
         self._generators = generators
         if mask.all():
@@ -239,6 +230,15 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self._steps[index], self._ended[index] = saved.steps, saved.ended
         for row, generator in zip(index, copy.deepcopy(saved.generators), strict=True):
             self._generators[row] = generator
+
+    def _seeds(self, seed: Any) -> list[int | None]:
+        if isinstance(seed, int | np.integer):
+            seed = [int(seed) + row for row in range(self.num_envs)]
+        seeds = [None] * self.num_envs if seed is None else list(seed)
+        numbers = [seed for seed in seeds if seed is not None]
+        if len(seeds) != self.num_envs or not all(isinstance(n, int | np.integer) and n >= 0 for n in numbers):
+            raise ValueError(f"seed: expected {self.num_envs} integers from 0, or None, one per row, got {seeds}.")
+        return [None if seed is None else int(seed) for seed in seeds]
 
     def _options(self, options: dict[str, Any]) -> tuple[np.ndarray, tuple[Any, ...] | None]:
         unknown = options.keys() - {"frames", "actions", "reset_mask"}

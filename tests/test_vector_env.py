@@ -198,6 +198,51 @@ def test_memory_is_constant_and_time_does_not_run_out(tiny_world):
     assert (envs._state.stream.cache.keys.data_ptr(), envs._state.stream.cache.keys.shape) == (place, size)
 
 
+def test_seeds_are_integers_of_any_kind(tiny_world):
+    envs = WorldVectorEnv(ROWS, world=tiny_world)
+    expected = envs.reset(seed=[4, 5, 6])[0], envs.step(np.zeros(ROWS, int))[0]
+    for seed in (4, np.int64(4), [np.int64(4), 5, np.uint8(6)], np.array([4, 5, 6]), (4, 5, 6)):
+        found = envs.reset(seed=seed)[0], envs.step(np.zeros(ROWS, int))[0]
+        np.testing.assert_array_equal(found, expected)
+
+
+SMALL = FRAMES[:, :, :8, :8]
+MASK = np.array([True, False, True])
+
+
+@pytest.mark.parametrize(
+    ("seed", "options", "message"),
+    [
+        ([1], None, r"seed: expected 3 integers from 0, or None, one per row, got \[1\]"),
+        (-1, None, r"seed: expected 3 .*, got \[-1, 0, 1\]"),
+        ([1, np.int64(-1), None], {"reset_mask": MASK}, "seed: expected 3"),
+        ([1, 0.5, 2], None, r"seed: expected 3 .*, got \[1, 0.5, 2\]"),
+        (None, {"frame": 1}, "options: expected"),
+        (None, {"reset_mask": np.zeros(ROWS, bool)}, "reset_mask: expected"),
+        (None, {"frames": SMALL}, "frames: expected .* uint8, got shape"),
+        (5, {"frames": SMALL}, "frames: expected .* uint8, got shape"),
+        (None, {"frames": SMALL, "reset_mask": MASK}, "frames: expected .* uint8, got shape"),
+        ([9, None, None], {"frames": SMALL, "reset_mask": MASK}, "frames: expected .* uint8, got shape"),
+        (None, {"frames": FRAMES[:2]}, r"frames: expected those of 3 rows, got shape \(2, 2, 16, 24, 3\)"),
+        (None, {"frames": None}, r"frames: expected those of 3 rows, got shape \(\)"),
+        (None, {"frames": FRAMES, "actions": [[0], [3], [0]]}, "actions: expected values inside"),
+        (None, {"frames": FRAMES, "actions": [[0], [0]], "reset_mask": MASK}, "actions: expected those of 3 rows"),
+    ],
+)
+def test_a_reset_that_fails_changes_nothing(tiny_world, seed, options, message):
+    """Neither the episodes that go on, nor those that begin later."""
+    envs = WorldVectorEnv(ROWS, world=tiny_world, max_episode_steps=2)
+    envs.reset(seed=0)
+    start = envs.save_state()
+    expected = play(envs, 6)
+    envs.restore_state(start)
+    with pytest.raises(ValueError, match=message):
+        envs.reset(seed=seed, options=options)
+    for theirs, ours in zip(expected, play(envs, 6), strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[4]["log_likelihood"], theirs[4]["log_likelihood"])
+
+
 def test_mistakes_are_told_before_anything_changes(tiny_world):
     envs = WorldVectorEnv(ROWS, world=tiny_world, autoreset_mode="Disabled")
     with pytest.raises(ResetNeeded, match="Call reset"):
@@ -210,14 +255,6 @@ def test_mistakes_are_told_before_anything_changes(tiny_world):
     ):
         with pytest.raises(ValueError, match=message):
             envs.step(actions)
-    with pytest.raises(ValueError, match="seed: expected 3"):
-        envs.reset(seed=[1])
-    with pytest.raises(ValueError, match="options: expected"):
-        envs.reset(options={"frame": 1})
-    with pytest.raises(ValueError, match="reset_mask: expected"):
-        envs.reset(options={"reset_mask": np.zeros(ROWS, bool)})
-    with pytest.raises(ValueError, match="frames: expected"):
-        envs.reset(options={"frames": np.zeros((ROWS, 2, 8, 8, 3), np.uint8)})
     with pytest.raises(ValueError, match="state: expected a saved state of 3 rows, got 1 rows"):
         envs.restore_state(envs.save_state([0]))
     frames = envs.step(np.zeros(ROWS, int))[0]
