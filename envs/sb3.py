@@ -36,8 +36,9 @@ class WorldVecEnv(VecEnv):
                 "envs: expected autoreset_mode='SameStep' and output='numpy', as Stable-Baselines3 does it, got "
                 f"{envs.autoreset_mode.value!r} and {envs.output!r}."
             )
-        self.envs, self.metadata, self.render_mode = envs, envs.metadata, envs.render_mode
+        self.envs = envs  # first, as `VecEnv` asks it for the render mode
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+        self.metadata = {**envs.metadata, **self.metadata}
         self._actions: np.ndarray | None = None
 
     def reset(self) -> VecEnvObs:
@@ -66,14 +67,17 @@ class WorldVecEnv(VecEnv):
         rows: list[dict[str, Any]] = []
         for row, ended in enumerate(terminated | truncated):
             source = final if ended else infos
-            info = {
-                name: value[row].item() for name, value in source.items() if f"_{name}" in source and name[0] != "f"
-            }
+            names = [name for name in source if f"_{name}" in source and name not in ("final_obs", "final_info")]
+            info = {name: source[name][row].item() for name in names}
             info["TimeLimit.truncated"] = bool(truncated[row] and not terminated[row])
             if ended:
                 info["terminal_observation"] = infos["final_obs"][row]
             rows.append(info)
         return frames, rewards.astype(np.float32), terminated | truncated, rows
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """The current frame of every row, in render mode "rgb_array"; `render` makes one picture of them."""
+        return self.envs.render() or [None] * self.num_envs
 
     def close(self) -> None:
         """Closes the batch."""

@@ -6,6 +6,7 @@ would be, whatever the other rows do.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sfv_world.data.clips import take
+from sfv_world.control.spaces import map_actions
 from sfv_world.envs.world_env import check_state_is_of, open_world, step_info, warn_if_unconverged
 from sfv_world.state import WorldOutput, WorldState
-from sfv_world.transfer import Fetch, to_device
+from sfv_world.transfer import Fetch, to_device, to_host
 from sfv_world.world import World
 
 
@@ -67,7 +68,8 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             are then in `info["final_obs"]` and `info["final_info"]`), or only when `reset` is called for it.
         output: "numpy" arrays, or "torch" tensors that stay on the world's device (observations, rewards, terminations,
             truncations and infos). On a GPU, a step then returns before it is computed, unless rows that end are to begin anew
-            in the same step; which rows ended, and warnings, are taken in by the step after it.
+            in the same step; which rows ended, and warnings, are taken in by the step after it. Actions and options may be
+            tensors either way; they are read on the host, which waits for them.
         decoding: fields of `DecodingConfig` to set.
 
     Example:
@@ -111,13 +113,11 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self._pending: Fetch | None = None
         self._generators = [seeding.np_random()[0] for _ in range(num_envs)]
 
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begins episodes at observed frames.
 
         Args:
-            seed: of the first row, the others following it; or one for each row.
+            seed: of the first row, the others following it; or one for each row, None for those whose generators go on.
             options: "frames", (num_envs, K, H, W, 3) uint8, K as in `WorldEnv`, with "actions", the num_envs x K-1 actions between
                 them; by default, rows begin at start frames that came with the world. "reset_mask", (num_envs,) bool: rows to
                 reset.
@@ -130,17 +130,10 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         """
         self._settle()
         mask, observed = self._options(options or {})
-        seeds: list[int | None] = [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            seeds = [int(seed) + row for row in range(self.num_envs)]
-        elif seed is not None:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seed: expected {self.num_envs} of them, one per row, got {len(seeds)}.")
-        generators = list(self._generators)
+        seeds, generators = self._seeds(seed), list(self._generators)
         for row in np.flatnonzero(mask):
-            if seeds[row] is not None:
-                generators[row] = seeding.np_random(seeds[row])[0]
+            own, given = generators[row], seeds[row]
+            generators[row] = copy.deepcopy(own) if given is None else seeding.np_random(given)[0]
         previous = self._generators, self._state
         self._generators = generators
         if mask.all():
@@ -238,13 +231,22 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         for row, generator in zip(index, copy.deepcopy(saved.generators), strict=True):
             self._generators[row] = generator
 
+    def _seeds(self, seed: Any) -> list[int | None]:
+        if isinstance(seed, int | np.integer):
+            seed = [int(seed) + row for row in range(self.num_envs)]
+        seeds = [None] * self.num_envs if seed is None else list(seed)
+        numbers = [seed for seed in seeds if seed is not None]
+        if len(seeds) != self.num_envs or not all(isinstance(n, int | np.integer) and n >= 0 for n in numbers):
+            raise ValueError(f"seed: expected {self.num_envs} integers from 0, or None, one per row, got {seeds}.")
+        return [None if seed is None else int(seed) for seed in seeds]
+
     def _options(self, options: dict[str, Any]) -> tuple[np.ndarray, tuple[Any, ...] | None]:
         unknown = options.keys() - {"frames", "actions", "reset_mask"}
         if unknown or ("actions" in options and "frames" not in options):
             raise ValueError(
                 f"options: expected 'frames' with 'actions', 'reset_mask', or none of them, got {sorted(options)}."
             )
-        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        mask = to_host(options.get("reset_mask", np.ones(self.num_envs, bool)))
         if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(
                 f"reset_mask: expected ({self.num_envs},) bool with at least one True, got {mask.dtype} {mask.shape}."
@@ -255,10 +257,16 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             )
         if "frames" not in options:
             return mask, None
-        frames, actions = np.asarray(options["frames"]), options.get("actions")
-        if len(frames) != self.num_envs:
-            raise ValueError(f"frames: expected those of {self.num_envs} rows, got {len(frames)}.")
-        return mask, (frames[mask], None if actions is None else take(actions, mask))
+
+        def masked(name: str, array: np.ndarray) -> np.ndarray:
+            if array.shape[:1] != mask.shape:
+                raise ValueError(f"{name}: expected those of {self.num_envs} rows, got shape {array.shape}.")
+            return array[mask]
+
+        frames, actions = masked("frames", to_host(options["frames"])), options.get("actions")
+        if actions is not None:
+            actions = map_actions(partial(masked, "actions"), self.single_action_space, actions)
+        return mask, (frames, actions)
 
     def _begin(self, rows: np.ndarray, observed: tuple[Any, ...] | None = None) -> None:
         """Begins episodes in rows: at the clock of the others, or alone if there are none."""

@@ -17,9 +17,10 @@ from gymnasium.error import ResetNeeded
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from sfv_world.control.spaces import map_actions
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
-from sfv_world.transfer import Fetch
+from sfv_world.transfer import Fetch, to_host
 from sfv_world.world import World
 
 ENLARGED = 8
@@ -222,7 +223,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
                 f"options: expected 'frames' with 'actions', or none of them, got {list(options)}. Give K observed frames and "
                 "the K-1 actions between them, or nothing to begin at a start frame of the world."
             )
-        frames, actions = np.asarray(options["frames"])[None], options.get("actions")
+        frames, actions = to_host(options["frames"])[None], options.get("actions")
         if actions is None or (frames.shape[1:2] == (1,) and len(actions) == 0):
             return frames, None
         return frames, _one(self.action_space, actions)
@@ -287,11 +288,4 @@ def warn_if_unconverged(certificates: Float[np.ndarray, "b"], tolerance: float, 
 
 def _one(space: spaces.Space[Any], actions: Any) -> Any:
     """Actions of one row as those of a batch: a leading dimension of 1 for every array of the tree."""
-    match space:
-        case spaces.Dict() if isinstance(actions, dict) and actions.keys() == space.spaces.keys():
-            return {name: _one(part, actions[name]) for name, part in space.spaces.items()}
-        case spaces.Tuple() if isinstance(actions, tuple | list) and len(actions) == len(space.spaces):
-            return tuple(_one(part, action) for part, action in zip(space.spaces, actions, strict=True))
-        case spaces.Dict() | spaces.Tuple():
-            return actions  # not of the space: the world says so
-    return np.asarray(actions)[None]
+    return map_actions(lambda array: array[None], space, actions)

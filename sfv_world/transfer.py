@@ -1,9 +1,11 @@
 """Between host and device without waiting: copies are queued behind the work that is under way, from and to pinned memory.
 
 The lowest room beside `layers`: whoever steps a world hands arrays over with `to_device` and takes results back with `Fetch`.
+What a caller gives is read with `to_host`, which waits for it.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,11 @@ def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def to_host(values: Any) -> np.ndarray:
+    """An array of a tensor on any device, or of what NumPy makes one of; shared if it is one on the host already."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 class Fetch:

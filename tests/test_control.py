@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, create_empty_array
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import normal
+from tiny import elsewhere, normal
 
 from sfv_world.control.encoder import ControlEncoder
 from sfv_world.control.spaces import action_size, flatten_actions
@@ -74,6 +74,16 @@ def test_lists_and_order_of_keys_do_not_matter() -> None:
     np.testing.assert_array_equal(flatten_actions(space, {"move": [2], "look": [[0.5, -1]]}, (1,)), expected)
     pair = spaces.Tuple((spaces.Discrete(2), spaces.Discrete(3)))
     np.testing.assert_array_equal(flatten_actions(pair, [[1], [0]], (1,)), [[0, 1, 1, 0, 0]])
+
+
+def test_tensors_are_copied_to_the_host() -> None:
+    space = spaces.Tuple((spaces.Box(-2, 2, (2,)), spaces.Discrete(3)))
+    expected = flatten_actions(space, (np.array([[0.5, -1]]), np.array([2])), (1,))
+    learned = torch.tensor([[0.5, -1]], requires_grad=True)
+    for box, number in ((learned, torch.tensor([2])), (elsewhere([[0.5, -1]]), elsewhere([2]))):
+        np.testing.assert_array_equal(flatten_actions(space, (box, number), (1,)), expected)
+    with pytest.raises(ValueError, match="expected integers for Discrete.*got dtype float32"):
+        flatten_actions(space.spaces[1], elsewhere([2.0]), (1,))
 
 
 # Boxes ---------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,17 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecTrans
 from sfv_world.envs.sb3 import WorldVecEnv
 from sfv_world.envs.vector_env import WorldVectorEnv
 
+INFO = {
+    *("log_likelihood", "bits_per_dim", "sweeps", "certificate", "guided", "termination_probability", "frames_behind"),
+    "TimeLimit.truncated",
+}
+
 
 @pytest.fixture
 def envs(tiny_world):
-    return WorldVecEnv(WorldVectorEnv(3, world=tiny_world, max_episode_steps=5, autoreset_mode="SameStep"))
+    return WorldVecEnv(
+        WorldVectorEnv(3, world=tiny_world, max_episode_steps=5, autoreset_mode="SameStep", render_mode="rgb_array")
+    )
 
 
 def test_conventions(envs):
@@ -23,8 +30,7 @@ def test_conventions(envs):
         frames, rewards, dones, infos = envs.step(np.zeros(3, int))
         assert frames.dtype == np.uint8 and rewards.dtype == np.float32
         for row, done in enumerate(dones):
-            assert "log_likelihood" in infos[row]
-            assert ("terminal_observation" in infos[row]) == done
+            assert infos[row].keys() == INFO | ({"terminal_observation"} if done else set())
             if done:
                 ended += 1
                 limited += infos[row]["TimeLimit.truncated"]
@@ -57,6 +63,20 @@ def test_options_begin_rows(envs):
     frames = np.random.default_rng(0).integers(256, size=(3, 2, 16, 24, 3), dtype=np.uint8)
     envs.set_options([{"frames": frame, "actions": np.array([1])} for frame in frames])
     np.testing.assert_array_equal(envs.reset(), frames[:, -1])
+
+
+def test_rows_are_rendered(envs, tiny_world):
+    assert envs.metadata["render_fps"] == 8.75 and envs.render_mode == "rgb_array"
+    envs.reset()
+    frames = envs.step(np.zeros(3, int))[0]
+    np.testing.assert_array_equal(envs.get_images(), frames)
+    picture = VecMonitor(envs).render()  # two rows of two, the last place black
+    np.testing.assert_array_equal(picture[:16], np.hstack(frames[:2]))
+    np.testing.assert_array_equal(picture[16:], np.hstack([frames[2], np.zeros_like(frames[2])]))
+    blind = WorldVecEnv(WorldVectorEnv(2, world=tiny_world, autoreset_mode="SameStep"))
+    assert blind.render_mode is None
+    with pytest.warns(UserWarning, match="render_mode: expected 'rgb_array', got None"):
+        assert blind.get_images() == [None, None]
 
 
 def test_wrappers_and_an_agent(envs):

@@ -4,9 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from tiny import elsewhere
 
+import sfv_world
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.envs.world_env import WorldEnv
 
@@ -148,6 +151,42 @@ def test_torch_output_stays_on_the_device(tiny_world):
             np.testing.assert_array_equal(x, y.numpy())
 
 
+FRAMES = np.random.default_rng(0).integers(256, size=(ROWS, 2, 16, 24, 3), dtype=np.uint8)
+
+
+def given_as(kind, world, actions, step):
+    """What rows begin and go on with, if all that is given is of a kind."""
+    envs = WorldVectorEnv(ROWS, world=world, output="torch", autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    mask = kind(np.array([True, False, True]))
+    frames = FRAMES if kind is np.ndarray.tolist else kind(FRAMES)
+    begun, _ = envs.reset(seed=5, options={"frames": frames, "actions": actions, "reset_mask": mask})
+    assert [torch.equal(*pair) for pair in zip(begun, torch.from_numpy(FRAMES[:, -1]), strict=True)] == [1, 0, 1]
+    return torch.stack([begun, envs.step(step)[0]]).numpy()
+
+
+@pytest.mark.parametrize("kind", [np.ndarray.tolist, elsewhere])
+def test_lists_and_tensors_are_taken_as_arrays_are(tiny_world, kind):
+    actions, step = np.array([[1], [2], [0]]), np.array([2, 0, 1])
+    expected = given_as(np.asarray, tiny_world, actions, step)
+    np.testing.assert_array_equal(given_as(kind, tiny_world, kind(actions), kind(step)), expected)
+
+
+def test_composite_actions_of_some_rows(build_world):
+    space = spaces.Dict(keys=spaces.MultiBinary(2), mouse=spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Discrete(3))))
+    world = sfv_world.load_world(build_world(action_space=space))
+    keys, move, click = np.eye(3, 2, dtype=int), np.linspace(-1, 1, 6).reshape(3, 2), np.arange(3)
+    step = {"keys": keys, "mouse": (move, click)}
+    past = {"keys": keys[:, None], "mouse": (move[:, None], click[:, None])}
+    expected = given_as(np.asarray, world, past, step)
+    learned = torch.tensor(move, requires_grad=True)
+    step = {"keys": elsewhere(keys), "mouse": [learned, click.tolist()]}
+    past = {"keys": elsewhere(keys[:, None]), "mouse": [learned[:, None], click[:, None].tolist()]}
+    np.testing.assert_array_equal(given_as(elsewhere, world, past, step), expected)
+    with pytest.raises(ValueError, match=r"actions: expected a dict with the keys \['keys', 'mouse'\], got \['keys'\]"):
+        given_as(np.asarray, world, {"keys": past["keys"]}, step)
+
+
 def test_memory_is_constant_and_time_does_not_run_out(tiny_world):
     """Many steps of a ring: the cache keeps its place in memory, its size and its precision."""
     envs = WorldVectorEnv(2, world=tiny_world)
@@ -157,6 +196,51 @@ def test_memory_is_constant_and_time_does_not_run_out(tiny_world):
     for infos in (result[4] for result in play(envs, 40)):
         assert (infos["certificate"] < 1e-3).all()
     assert (envs._state.stream.cache.keys.data_ptr(), envs._state.stream.cache.keys.shape) == (place, size)
+
+
+def test_seeds_are_integers_of_any_kind(tiny_world):
+    envs = WorldVectorEnv(ROWS, world=tiny_world)
+    expected = envs.reset(seed=[4, 5, 6])[0], envs.step(np.zeros(ROWS, int))[0]
+    for seed in (4, np.int64(4), [np.int64(4), 5, np.uint8(6)], np.array([4, 5, 6]), (4, 5, 6)):
+        found = envs.reset(seed=seed)[0], envs.step(np.zeros(ROWS, int))[0]
+        np.testing.assert_array_equal(found, expected)
+
+
+SMALL = FRAMES[:, :, :8, :8]
+MASK = np.array([True, False, True])
+
+
+@pytest.mark.parametrize(
+    ("seed", "options", "message"),
+    [
+        ([1], None, r"seed: expected 3 integers from 0, or None, one per row, got \[1\]"),
+        (-1, None, r"seed: expected 3 .*, got \[-1, 0, 1\]"),
+        ([1, np.int64(-1), None], {"reset_mask": MASK}, "seed: expected 3"),
+        ([1, 0.5, 2], None, r"seed: expected 3 .*, got \[1, 0.5, 2\]"),
+        (None, {"frame": 1}, "options: expected"),
+        (None, {"reset_mask": np.zeros(ROWS, bool)}, "reset_mask: expected"),
+        (None, {"frames": SMALL}, "frames: expected .* uint8, got shape"),
+        (5, {"frames": SMALL}, "frames: expected .* uint8, got shape"),
+        (None, {"frames": SMALL, "reset_mask": MASK}, "frames: expected .* uint8, got shape"),
+        ([9, None, None], {"frames": SMALL, "reset_mask": MASK}, "frames: expected .* uint8, got shape"),
+        (None, {"frames": FRAMES[:2]}, r"frames: expected those of 3 rows, got shape \(2, 2, 16, 24, 3\)"),
+        (None, {"frames": None}, r"frames: expected those of 3 rows, got shape \(\)"),
+        (None, {"frames": FRAMES, "actions": [[0], [3], [0]]}, "actions: expected values inside"),
+        (None, {"frames": FRAMES, "actions": [[0], [0]], "reset_mask": MASK}, "actions: expected those of 3 rows"),
+    ],
+)
+def test_a_reset_that_fails_changes_nothing(tiny_world, seed, options, message):
+    """Neither the episodes that go on, nor those that begin later."""
+    envs = WorldVectorEnv(ROWS, world=tiny_world, max_episode_steps=2)
+    envs.reset(seed=0)
+    start = envs.save_state()
+    expected = play(envs, 6)
+    envs.restore_state(start)
+    with pytest.raises(ValueError, match=message):
+        envs.reset(seed=seed, options=options)
+    for theirs, ours in zip(expected, play(envs, 6), strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[4]["log_likelihood"], theirs[4]["log_likelihood"])
 
 
 def test_mistakes_are_told_before_anything_changes(tiny_world):
@@ -171,14 +255,6 @@ def test_mistakes_are_told_before_anything_changes(tiny_world):
     ):
         with pytest.raises(ValueError, match=message):
             envs.step(actions)
-    with pytest.raises(ValueError, match="seed: expected 3"):
-        envs.reset(seed=[1])
-    with pytest.raises(ValueError, match="options: expected"):
-        envs.reset(options={"frame": 1})
-    with pytest.raises(ValueError, match="reset_mask: expected"):
-        envs.reset(options={"reset_mask": np.zeros(ROWS, bool)})
-    with pytest.raises(ValueError, match="frames: expected"):
-        envs.reset(options={"frames": np.zeros((ROWS, 2, 8, 8, 3), np.uint8)})
     with pytest.raises(ValueError, match="state: expected a saved state of 3 rows, got 1 rows"):
         envs.restore_state(envs.save_state([0]))
     frames = envs.step(np.zeros(ROWS, int))[0]

@@ -17,6 +17,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
+from tiny import elsewhere
 
 import sfv_world
 from sfv_world.envs.world_env import WorldEnv
@@ -202,6 +203,13 @@ def test_what_was_returned_is_the_callers_own(env):
         env.render()[:] = 0
         assert np.array_equal(env.render(), result[0])
         found[0][:], found[4]["sweeps"] = 0, -1
+
+
+@ONE_KIND
+def test_tensors_are_taken_as_arrays_are(env):
+    expected = env.reset(seed=4, options=OBSERVED), env.step(1)
+    observed = {name: elsewhere(values) for name, values in OBSERVED.items()}
+    assert_same((env.reset(seed=4, options=observed), env.step(elsewhere(1))), expected)
 
 
 # States

@@ -1,7 +1,7 @@
 """Tiny flows with random weights everywhere, so that nothing is the identity and a law that is broken fails."""
 
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,18 @@ def randomised(module: Module, seed: int = 0, scale: float = 0.15) -> Module:
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class Elsewhere(Tensor):
+    """A tensor that NumPy does not read by itself, as none on a GPU: it is to be copied to the host."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+def elsewhere(values: Any) -> Tensor:
+    """The values as such a tensor."""
+    return torch.as_tensor(values).as_subclass(Elsewhere)
 
 
 def of_kind(config: FlowConfig, kind: Kind) -> FlowConfig:

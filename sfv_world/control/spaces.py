@@ -5,11 +5,14 @@ vectorised counterpart of `gymnasium.spaces.flatten`, with values a network like
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from jaxtyping import Float32
+
+from sfv_world.transfer import to_host
 
 
 def action_size(space: spaces.Space[Any]) -> int:
@@ -38,7 +41,8 @@ def flatten_actions(
 
     Args:
         space: the space of one action.
-        actions: an array of `batch + space.shape`; for Dict and Tuple, a dict or tuple of such.
+        actions: an array, list or tensor of `batch + space.shape`; for Dict and Tuple, a dict or tuple of such. They are
+            read on the host: a tensor on a device is waited for.
         batch: leading dimensions.
         name: how error messages call the actions.
 
@@ -60,7 +64,7 @@ def flatten_actions(
                 for i, (s, a) in enumerate(zip(space.spaces, actions, strict=True))
             ]
             return np.concatenate(parts, axis=-1)
-    array = np.asarray(actions)
+    array = to_host(actions)
     if array.shape != batch + (space.shape or ()):
         raise ValueError(f"{name}: expected shape {batch + (space.shape or ())} for {space}, got {array.shape}.")
     match space:
@@ -79,6 +83,18 @@ def flatten_actions(
         case spaces.Box():
             return _box(array, space, name).reshape(*batch, action_size(space))
     raise ValueError(f"{name}: {space} is not a space of actions that controls can be made of.")
+
+
+def map_actions(function: Callable[[np.ndarray], np.ndarray], space: spaces.Space[Any], actions: Any) -> Any:
+    """Applies a function to every array of an action tree; a part of another structure than the space's stays as it is."""
+    match space:
+        case spaces.Dict() if isinstance(actions, dict) and actions.keys() == space.spaces.keys():
+            return {name: map_actions(function, part, actions[name]) for name, part in space.spaces.items()}
+        case spaces.Tuple() if isinstance(actions, tuple | list) and len(actions) == len(space.spaces):
+            return tuple(map_actions(function, s, a) for s, a in zip(space.spaces, actions, strict=True))
+        case spaces.Dict() | spaces.Tuple():
+            return actions  # `flatten_actions` says so
+    return function(to_host(actions))
 
 
 def _columns(array: np.ndarray, batch: tuple[int, ...]) -> list[np.ndarray]:
