@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from sfv_world.transfer import to_device
+from sfv_world.transfer import to_device, to_host
 
 
 def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.device) -> UInt8[Tensor, "..."]:
@@ -32,7 +32,7 @@ def given_seeds(seeds: Any, rows: int) -> Int[np.ndarray, "b"]:
     Raises:
         ValueError: if they are of another number, type or range.
     """
-    array = np.arange(rows) if seeds is None else np.atleast_1d(np.asarray(seeds))
+    array = np.arange(rows) if seeds is None else np.atleast_1d(to_host(seeds))
     if array.shape != (rows,) or array.dtype.kind not in "iu" or ((array < 0) | (array >= 2**63)).any():
         raise ValueError(f"seeds: expected {rows} integers from 0 to 2**63 - 1, one per row, got {seeds!r}.")
     return array.astype(np.int64)
