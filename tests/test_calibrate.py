@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from gymnasium import spaces
 
 from sfv_world.calibrate import CalibrateConfig, block_sizes, calibrate, store
 from sfv_world.checkpoint import DECODING
@@ -22,6 +23,15 @@ def test_the_fastest_size_is_what_the_world_decodes_with(folder):
     best = min(found, key=found.get)
     assert load_world(folder).decoding == DecodingConfig(block=best)
     assert load_world(folder, decoding=DecodingConfig(block=2)).decoding.block == 2
+
+
+@pytest.mark.parametrize(
+    "actions", [spaces.Dict(a=spaces.Discrete(2), b=spaces.Box(-1, 1, (2,))), spaces.Tuple([spaces.Discrete(2)])]
+)
+def test_worlds_of_any_actions_are_timed(build_world, actions):
+    folder = build_world("frame-parallel", actions)
+    found = calibrate(CalibrateConfig(str(folder), steps=1, rows=2, device="cpu"))
+    assert found.keys() == {None, 4} and (folder / DECODING).exists()
 
 
 def test_each_kind_of_device_has_its_own(folder):

@@ -3,10 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import av
 import cv2
+import gymnasium as gym
 import pytest
+from gymnasium import spaces
+from gymnasium.wrappers import TransformAction
+
+from sfv_world.demo import DemoConfig, demo
 
 
 def run(*arguments, cwd, ok=True):
@@ -63,6 +69,33 @@ def test_demo_steps_and_films(world):
     assert cv2.imread(str(world / "demo/demo.png")).shape == (2 * 2 * 16, 16 * 16, 3)
     with av.open(str(world / "demo/demo.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == 5
+
+
+PARTS = spaces.Dict(a=spaces.Discrete(2), b=spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3)]))
+
+
+@pytest.fixture(params=[PARTS, spaces.Tuple([PARTS]), spaces.Discrete(3)], ids=["dict", "tuple", "discrete"])
+def acted(request, build_world):
+    """A world of 16 x 24 pixels whose recording names no environment, and `Acted-v0`, of the same actions, to begin in."""
+
+    def make(render_mode=None):
+        return TransformAction(gym.make("CartPole-v1", render_mode=render_mode), lambda _: 0, request.param)
+
+    gym.register("Acted-v0", make)
+    yield build_world(action_space=request.param)
+    del gym.registry["Acted-v0"]
+
+
+def test_demo_shows_any_world_beside_the_environment_it_is_given(acted, tmp_path):
+    config = DemoConfig(str(acted), tmp_path, episodes=2, frames=4, context=3)
+    with pytest.raises(
+        ValueError, match=r"env: expected a real environment.*names none, got None. Give its id \(--env\)"
+    ):
+        demo(config)
+    demo(replace(config, env="Acted-v0"))
+    assert cv2.imread(str(tmp_path / "demo.png")).shape == (2 * 2 * 16, 16 * 24, 3)
+    with av.open(str(tmp_path / "demo.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 4
 
 
 def test_mistakes_are_one_line(world):
