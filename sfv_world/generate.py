@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
+from sfv_world.given import given_device
 from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
 from sfv_world.released.config import ReleasedConfig
@@ -144,10 +145,10 @@ def generate(config: GenerateConfig) -> Clip:
 
     Raises:
         ImportError: if the extra `released` is not installed.
-        ValueError: if parts are missing, damaged, or do not fit each other or into memory. Nothing is written then but
-            states of prompts.
+        ValueError: if parts are missing, damaged, or do not fit each other or into memory, or there is no such device. Nothing is
+            written then but states of prompts.
     """
-    with joined(config.device) as group:
+    with joined(str(given_device(config.device))) as group:
         return _generate(replace(config, device=group.device), group)
 
 

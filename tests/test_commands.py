@@ -9,10 +9,12 @@ import av
 import cv2
 import gymnasium as gym
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.wrappers import TransformAction
 
 from sfv_world.demo import DemoConfig, demo
+from sfv_world.given import given_device
 
 
 def run(*arguments, cwd, ok=True):
@@ -98,9 +100,32 @@ def test_demo_shows_any_world_beside_the_environment_it_is_given(acted, tmp_path
         assert sum(1 for _ in film.decode(video=0)) == 4
 
 
-def test_mistakes_are_one_line(world):
-    for arguments in (("demo", "--world", "nowhere"), ("evaluate", "--world", "world", "--data", "nowhere")):
-        done = run(*arguments, cwd=world, ok=False)
-        assert done.returncode == 2
-        assert done.stderr.strip().splitlines()[-1].startswith("sfv-world: ")
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("demo", "--world", "nowhere"), "world: expected"),
+        (("demo", "--world", "world", "--device", "foo"), "device: expected"),
+        (("calibrate", "--world", "world", "--device", "cuda:99"), "device: expected"),
+        (("generate", "--world", "world", "--out", "a.mp4", "--device", "foo"), "device: expected"),
+        (("evaluate", "--world", "world", "--data", "nowhere"), "path: expected"),
+        (("collect", "--env", "doom basic", "--out", "other"), "env_id: expected"),
+    ],
+)
+def test_mistakes_are_one_line(world, arguments, said):
+    done = run(*arguments, cwd=world, ok=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"sfv-world: {said}")
+    assert "Traceback" not in done.stderr
+
+
+def test_devices_are_those_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:1", torch.device("cuda", 1)):
+        assert given_device(name) == torch.device(name)
+    for name in ("foo", "", "mps", "cuda:2"):
+        with pytest.raises(ValueError, match=rf"device: expected .*\(cpu, cpu:0, cuda, cuda:0, cuda:1\), got '{name}'"):
+            given_device(name)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(ValueError, match=r"device: expected .*\(cpu, cpu:0\), got 'cuda'"):
+        given_device("cuda")

@@ -169,6 +169,8 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         make_real("Nowhere-v0")
     with pytest.raises(ValueError, match="nopackage.*Install the package"):
         make_real("nopackage:Nowhere-v0")
+    with pytest.raises(ValueError, match="doom basic.*Malformed"):
+        make_real("doom basic")
     with pytest.raises(ValueError, match="Blind-v0.*Box.*Wrap it"):
         make_real("Blind-v0")
     with pytest.raises(ValueError, match="render_mode.*rgb_array.*human"):
