@@ -79,7 +79,7 @@ def calibrated(folder: Path, device: str | torch.device) -> DecodingConfig | Non
         return TypeAdapter(dict[str, DecodingConfig]).validate_json(path.read_bytes()).get(torch.device(device).type)
     except ValidationError as error:
         raise ValueError(
-            f"{path}: expected decoding options by device ({error}). Run `sfv-world calibrate`."
+            f"{path}: expected decoding options by device ({error}). Delete it, and run `sfv-world calibrate`."
         ) from error
 
 

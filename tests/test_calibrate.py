@@ -49,10 +49,16 @@ def test_nothing_is_chosen_where_nothing_is_solved(build_world):
     assert block_sizes(load_world(build_world("frame-parallel"))) == [None, 4]
 
 
-def test_a_damaged_file_is_refused(folder):
+def test_a_damaged_file_is_refused_until_it_is_deleted(folder):
     (folder / DECODING).write_text('{"cpu": {"block": 0}}')
-    with pytest.raises(ValueError, match=r"(?s)decoding.json: expected decoding options.*Run `sfv-world calibrate`"):
-        load_world(folder)
+    remedy = r"(?s)decoding.json: expected decoding options.*Delete it, and run `sfv-world calibrate`"
+    config = CalibrateConfig(str(folder), steps=1, device="cpu")
+    for damaged in (lambda: load_world(folder), lambda: calibrate(config)):
+        with pytest.raises(ValueError, match=remedy):
+            damaged()
+    (folder / DECODING).unlink()
+    found = calibrate(config)
+    assert load_world(folder).decoding.block == min(found, key=found.get)
 
 
 @pytest.mark.parametrize("name", ["steps", "rows"])
