@@ -173,5 +173,5 @@ def _register_doom(env_id: str) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"env_id {env_id!r}: expected the package vizdoom, which is not installed. "
-            "Run `pip install sfv-world[doom]`."
+            'Run `pip install -e ".[doom]"` in a clone of this project.'
         ) from error

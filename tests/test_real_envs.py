@@ -178,5 +178,5 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
         make_real("CartPole-v1", size=0)
     monkeypatch.setitem(__import__("sys").modules, "vizdoom.gymnasium_wrapper", None)
-    with pytest.raises(ValueError, match=r"vizdoom.*pip install sfv-world\[doom\]"):
+    with pytest.raises(ValueError, match=r"vizdoom.*pip install -e \"\.\[doom\]\""):
         make_real("doom-basic")

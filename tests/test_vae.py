@@ -203,7 +203,7 @@ def test_folders_that_hold_no_codec(tmp_path, monkeypatch):
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     image_vae().save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"diffusers: expected it installed.*pip install 'sfv-world\[released\]'"):
+    with pytest.raises(ImportError, match=r"diffusers: expected it installed.*pip install -e \"\.\[released\]\""):
         load_codec(tmp_path)
 
 
