@@ -2,7 +2,7 @@
 
     python benchmarks/behaviour.py --world doom-basic --data data/doom-basic
 
-Prints a table and writes `behaviour.json` into the world's folder.
+Prints what it found as JSON and writes it to `behaviour.json` in the world's folder.
 """
 
 import json

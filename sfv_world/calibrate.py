@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gymnasium.vector.utils import batch_space
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
@@ -50,11 +51,12 @@ def block_sizes(world: World) -> list[int | None]:
 
 def seconds_a_step(world: World, steps: int, rows: int) -> float:
     """Median time of a step under held random actions, the first ones left out."""
-    world.action_space.seed(0)
+    space = batch_space(world.action_space, rows)
+    space.seed(0)
     state, times, warm_up = world.start(np.arange(rows)), [], 2
     for step in range(warm_up + steps):
         if step % 4 == 0:
-            actions = [world.action_space.sample() for _ in range(rows)]
+            actions = space.sample()
         began = time.perf_counter()
         state, output = world.step(state, actions)
         output.frames.cpu()  # waits for the device

@@ -7,10 +7,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from einops import rearrange
+from gymnasium.wrappers import ResizeObservation
 from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
+from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
 from sfv_world.film import write_image, write_video
@@ -26,7 +28,8 @@ class DemoConfig:
     out: Path = Path("out/demo")
     """Folder of the film `demo.mp4` and the contact sheet `demo.png`."""
     env: str | None = None
-    """Real environment to begin in and to compare with; none: the one whose recording trained the world."""
+    """Real environment to begin in and to compare with; none: the one whose recording trained the world, if that was made by
+    `sfv-world collect`."""
     episodes: int = 3
     """Real episodes to play."""
     frames: int = 48
@@ -43,20 +46,30 @@ def demo(config: DemoConfig) -> Path:
     """Steps a world through `gym.make`, prints what it says of each frame, and writes a film and a contact sheet.
 
     Each pair of strips is an imagined episode above the real one, under the same actions.
+
+    Raises:
+        ValueError: if the real environment is not known, or its episodes are too short.
     """
     world = load_world(config.world, config.device, released=False)
     denoise = "lookahead" if world.model.denoiser else "none"
     env = gym.make("sfv_world/World-v0", world=world, denoise=denoise)
-    recipe = world.about["data"]["recipe"]
-    size, skip = recipe["size"], recipe["frame_skip"]
-    real = make_real(config.env or recipe["env"], size=size, frame_skip=skip)
-    recording = CollectConfig(env=recipe["env"], out=config.out, size=size, frame_skip=skip, seed=config.seed)
+    recipe = world.about["data"].get("recipe", {"env": None, "frame_skip": 1, "hold": CollectConfig.hold})
+    name, (height, width, _) = config.env or recipe["env"], world.frame_shape
+    if name is None:
+        raise ValueError(
+            f"env: expected a real environment, as the recording that trained {config.world} names none, got None. "
+            "Give its id (--env)."
+        )
+    real = make_real(name, size=max(height, width), frame_skip=recipe["frame_skip"])
+    real = ResizeObservation(real, (height, width))
+    steps = config.context + config.frames
+    recording = CollectConfig(env=name, out=config.out, seed=config.seed, max_episode_steps=steps)
     pairs = []
     for index in range(config.episodes):
         policy = HeldRandomPolicy(real.action_space, tuple(recipe["hold"]))
         episode = record_episode(real, policy, recording, index)
         frames, actions = np.asarray(episode.observations), episode.actions
-        last = min(len(actions), config.context + config.frames)
+        last = len(frames) - 1
         if last <= config.context:
             continue
         pairs.append((_imagine(env, frames, actions, config, index, last), frames[config.context : last]))
@@ -74,19 +87,19 @@ def demo(config: DemoConfig) -> Path:
 
 
 def _imagine(
-    env: gym.Env[Any, Any], frames: np.ndarray, actions: Any, config: DemoConfig, index: int, last: int
+    env: gym.Env[Any, Any], frames: np.ndarray, actions: Actions, config: DemoConfig, index: int, last: int
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Resets to the beginning of a real episode and steps on with its actions, to the end of either.
 
     With look-ahead, the first step tells of the last observed frame, and one more step of the last imagined one.
     """
-    past = {"frames": frames[: config.context], "actions": actions[: config.context - 1]}
+    past = {"frames": frames[: config.context], "actions": take(actions, np.s_[: config.context - 1])}
     env.reset(seed=config.seed + index, options=past)
     imagined: list[np.ndarray] = []
     bar = tqdm(total=last - config.context, desc=f"episode {index}", unit="frame")
     number = config.context - 1
     while len(imagined) < last - config.context:
-        frame, reward, terminated, truncated, info = env.step(actions[min(number, last - 2)])
+        frame, reward, terminated, truncated, info = env.step(take(actions, min(number, last - 2)))
         number += 1
         shown = number - info["frames_behind"]
         if shown < config.context:

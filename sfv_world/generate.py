@@ -144,8 +144,8 @@ def generate(config: GenerateConfig) -> Clip:
 
     Raises:
         ImportError: if the extra `released` is not installed.
-        ValueError: if parts are missing, damaged, or do not fit each other or into memory. Nothing is written then but
-            states of prompts.
+        ValueError: if parts are missing, damaged, or do not fit each other or into memory, or there is no such device. Nothing is
+            written then but states of prompts.
     """
     with joined(config.device) as group:
         return _generate(replace(config, device=group.device), group)

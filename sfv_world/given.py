@@ -10,6 +10,23 @@ from torch import Tensor
 from sfv_world.transfer import to_device, to_host
 
 
+def given_device(device: str | torch.device) -> torch.device:
+    """A device that torch finds on this machine.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    accelerator, counts = torch.accelerator.current_accelerator(check_available=True), {"cpu": 1}
+    if accelerator is not None:
+        counts[accelerator.type] = torch.accelerator.device_count()
+    names = [name for kind, count in counts.items() for name in (kind, *(f"{kind}:{n}" for n in range(count)))]
+    if str(device) not in names:
+        raise ValueError(
+            f"device: expected one that torch finds on this machine ({', '.join(names)}), got {str(device)!r}. Name one of these."
+        )
+    return torch.device(device)
+
+
 def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.device) -> UInt8[Tensor, "..."]:
     """Frames as a tensor on `device`; `lead` names the dimensions before those of `shape`, as in "(B, K".
 

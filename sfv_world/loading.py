@@ -10,6 +10,7 @@ from sfv_world.checkpoint import DECODING, STARTS, kind_of, load_model, load_ten
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.given import given_device
 from sfv_world.model import WorldModel
 from sfv_world.released.adapted import AdaptedConfig, AdaptedModel, load_adapted
 from sfv_world.world import World
@@ -37,7 +38,8 @@ def load_world(
         released: whether it may be one on a released model.
 
     Raises:
-        ValueError: if there is none, its files are damaged or do not fit each other, or the dtype is another.
+        ValueError: if there is none, its files are damaged or do not fit each other, the dtype is another, or there is no such
+            device.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -47,6 +49,7 @@ def load_world(
         raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
+    device = given_device(device)
     model: WorldModel | AdaptedModel
     if kind_of(folder) == AdaptedConfig.__name__:
         if not released:
@@ -76,7 +79,7 @@ def calibrated(folder: Path, device: str | torch.device) -> DecodingConfig | Non
         return TypeAdapter(dict[str, DecodingConfig]).validate_json(path.read_bytes()).get(torch.device(device).type)
     except ValidationError as error:
         raise ValueError(
-            f"{path}: expected decoding options by device ({error}). Run `sfv-world calibrate`."
+            f"{path}: expected decoding options by device ({error}). Delete it, and run `sfv-world calibrate`."
         ) from error
 
 

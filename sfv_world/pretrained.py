@@ -28,7 +28,8 @@ def import_extra(library: str) -> ModuleType:
         if error.name != library:
             raise
         raise ImportError(
-            f"{library}: expected it installed, found it missing. Run `pip install 'sfv-world[released]'`."
+            f"{library}: expected it installed, found it missing. "
+            'Run `pip install -e ".[released]"` in a clone of this project.'
         ) from None
 
 

@@ -4,15 +4,22 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
 import cv2
+import gymnasium as gym
 import pytest
+import torch
 import tyro
+from gymnasium import spaces
+from gymnasium.wrappers import TransformAction
 from pydantic import TypeAdapter
 
 from sfv_world.card import train_options
+from sfv_world.demo import DemoConfig, demo
+from sfv_world.given import given_device
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import ObjectiveConfig
 
@@ -82,9 +89,61 @@ def test_demo_steps_and_films(world):
         assert sum(1 for _ in film.decode(video=0)) == 5
 
 
-def test_mistakes_are_one_line(world):
-    for arguments in (("demo", "--world", "nowhere"), ("evaluate", "--world", "world", "--data", "nowhere")):
-        done = run(*arguments, cwd=world, ok=False)
-        assert done.returncode == 2
-        assert done.stderr.strip().splitlines()[-1].startswith("sfv-world: ")
-        assert "Traceback" not in done.stderr
+PARTS = spaces.Dict(a=spaces.Discrete(2), b=spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3)]))
+
+
+@pytest.fixture(params=[PARTS, spaces.Tuple([PARTS]), spaces.Discrete(3)], ids=["dict", "tuple", "discrete"])
+def acted(request, build_world):
+    """A world of 16 x 24 pixels whose recording names no environment, and `Acted-v0`, of the same actions, to begin in."""
+
+    def make(render_mode=None):
+        return TransformAction(gym.make("CartPole-v1", render_mode=render_mode), lambda _: 0, request.param)
+
+    gym.register("Acted-v0", make)
+    yield build_world(action_space=request.param)
+    del gym.registry["Acted-v0"]
+
+
+def test_demo_shows_any_world_beside_the_environment_it_is_given(acted, tmp_path):
+    config = DemoConfig(str(acted), tmp_path, episodes=2, frames=4, context=3)
+    with pytest.raises(
+        ValueError, match=r"env: expected a real environment.*names none, got None. Give its id \(--env\)"
+    ):
+        demo(config)
+    demo(replace(config, env="Acted-v0"))
+    assert cv2.imread(str(tmp_path / "demo.png")).shape == (2 * 2 * 16, 16 * 24, 3)
+    with av.open(str(tmp_path / "demo.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("demo", "--world", "nowhere"), "world: expected"),
+        (("demo", "--world", "world", "--device", "foo"), "device: expected"),
+        (("calibrate", "--world", "world", "--device", "cuda:99"), "device: expected"),
+        (("generate", "--world", "world", "--out", "a.mp4", "--device", "foo"), "device: expected"),
+        (("train", "--data", "data", "--out", "new", "--steps", 1, "--device", "foo"), "device: expected"),
+        (("train-codec", "--data", "data", "--out", "new", "--steps", 1, "--device", "foo"), "device: expected"),
+        (("evaluate", "--world", "world", "--data", "nowhere"), "path: expected"),
+        (("collect", "--env", "doom basic", "--out", "other"), "env_id: expected"),
+    ],
+)
+def test_mistakes_are_one_line(world, arguments, said):
+    done = run(*arguments, cwd=world, ok=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"sfv-world: {said}")
+    assert "Traceback" not in done.stderr
+
+
+def test_devices_are_those_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:1", torch.device("cuda", 1)):
+        assert given_device(name) == torch.device(name)
+    for name in ("foo", "", "mps", "cuda:2"):
+        with pytest.raises(ValueError, match=rf"device: expected .*\(cpu, cpu:0, cuda, cuda:0, cuda:1\), got '{name}'"):
+            given_device(name)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(ValueError, match=r"device: expected .*\(cpu, cpu:0\), got 'cuda'"):
+        given_device("cuda")

@@ -185,7 +185,7 @@ def test_no_caption_is_no_guidance_and_known_prompts_need_no_encoder(config, tmp
     assert not generate(config).guided and len(os.listdir(tmp_path / "prompts")) == 1
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert not generate(config).guided
-    with pytest.raises(ImportError, match=r"transformers: .*sfv-world\[released\]"):
+    with pytest.raises(ImportError, match=r"transformers: .*pip install -e \"\.\[released\]\""):
         generate(replace(config, prompt="a dog"))
 
 

@@ -169,6 +169,8 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         make_real("Nowhere-v0")
     with pytest.raises(ValueError, match="nopackage.*Install the package"):
         make_real("nopackage:Nowhere-v0")
+    with pytest.raises(ValueError, match="doom basic.*Malformed"):
+        make_real("doom basic")
     with pytest.raises(ValueError, match="Blind-v0.*Box.*Wrap it"):
         make_real("Blind-v0")
     with pytest.raises(ValueError, match="render_mode.*rgb_array.*human"):
@@ -176,5 +178,5 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
         make_real("CartPole-v1", size=0)
     monkeypatch.setitem(__import__("sys").modules, "vizdoom.gymnasium_wrapper", None)
-    with pytest.raises(ValueError, match=r"vizdoom.*pip install sfv-world\[doom\]"):
+    with pytest.raises(ValueError, match=r"vizdoom.*pip install -e \"\.\[doom\]\""):
         make_real("doom-basic")

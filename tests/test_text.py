@@ -134,5 +134,5 @@ def test_folders_that_hold_no_encoder(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Pickled weights are not read"):
         load_text_encoder(tmp_path, LENGTH)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"transformers: .*pip install 'sfv-world\[released\]'"):
+    with pytest.raises(ImportError, match=r"transformers: .*pip install -e \"\.\[released\]\""):
         load_text_encoder(tmp_path, LENGTH)

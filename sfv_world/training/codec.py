@@ -24,6 +24,7 @@ from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.data.clips import load_episodes
 from sfv_world.film import write_image
+from sfv_world.given import given_device
 from sfv_world.training.schedule import RunBar, check_length, moving_average, progress, rate
 
 
@@ -79,6 +80,7 @@ class CodecTrainer:
 
     def __init__(self, config: TrainCodecConfig):
         self.config = config
+        given_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
         found = [name for name in (CODEC, CONFIG) if (config.out / name).exists()]

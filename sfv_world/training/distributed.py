@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfv_world.checkpoint import replacing
 from sfv_world.denoiser import Denoiser
+from sfv_world.given import given_device
 from sfv_world.layers import Layer
 from sfv_world.model import WorldModel
 
@@ -134,8 +135,11 @@ def joined(device: str) -> Iterator[Group]:
     """The group of the processes that `torchrun` started with this one; without it, this one alone.
 
     They speak by NCCL if `device` is CUDA, each on the device of its local rank, and by gloo otherwise.
+
+    Raises:
+        ValueError: if there is no such device.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    device, size = str(given_device(device)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield Group(device=device)
         return
