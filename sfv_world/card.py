@@ -103,6 +103,11 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     )
     before = world.about.get("before")
     start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
+    blended = world.about.get("blended")
+    if blended:
+        start += (
+            f" Then {blended['share']:.0%} of the weights of `{blended['other']}` was mixed in (`sfv-world blend`)."
+        )
     processes = world.about.get("processes", 1)
     command = "sfv-world" if processes == 1 else f"torchrun --nproc-per-node {processes} -m sfv_world"
     codec, signal, density, clean = "pixels", "pixels in [-1, 1]", "frames", "dequantised frame"

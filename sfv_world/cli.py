@@ -1,5 +1,5 @@
-"""The command line: `sfv-world collect | train-codec | train | evaluate | demo`, `counterfactual | horizon | calibrate`,
-`convert | info | generate`.
+"""The command line: `sfv-world collect | train-codec | train | blend | evaluate | demo`,
+`counterfactual | horizon | calibrate`, `convert | info | generate`.
 
 Options come from each command's config dataclass.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 import sfv_world.envs  # noqa: F401  (registers the environment ids)
+from sfv_world.blend import BlendConfig, blend
 from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.counterfactual import CounterfactualConfig, counterfactual
 from sfv_world.data.collect import CollectConfig, collect
@@ -28,6 +29,7 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     CollectConfig: collect,
     TrainCodecConfig: train_codec,
     TrainConfig: train,
+    BlendConfig: blend,
     EvaluateConfig: evaluate,
     CounterfactualConfig: counterfactual,
     HorizonConfig: horizon,
@@ -46,6 +48,9 @@ Command = (
         tyro.conf.subcommand("train-codec", description="Train an autoencoder, for worlds of its latents."),
     ]
     | Annotated[TrainConfig, tyro.conf.subcommand("train", description="Train a world on a recording.")]
+    | Annotated[
+        BlendConfig, tyro.conf.subcommand("blend", description="Mix the weights of a world and the one it began with.")
+    ]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate", description="Measure a world on held-out episodes.")]
     | Annotated[
         CounterfactualConfig,
