@@ -110,8 +110,8 @@ class World:
     def compiled(self) -> "World":
         """This world, its shallow flow and denoiser compiled (`torch.compile`); the same to rounding.
 
-        On two CPU cores a fifth faster at batch 32 and no faster at batch 1. The first step of every batch size compiles, which
-        takes up to a minute.
+        On two CPU cores a fifth faster at batch 32; at batch 1 where the shallow flow takes many passes. The first step of every
+        batch size compiles, which takes up to a minute.
 
         Raises:
             ValueError: if the shallow flow does not go in bands: sweeps over fewer and fewer tokens do not pay for compiling.
