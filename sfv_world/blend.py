@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sfv_world.checkpoint import CONFIG, STARTS, load_model, load_tensors, save_model, save_tensors
+from sfv_world.checkpoint import CONFIG, STARTS, check_vacant, load_model, load_tensors, save_model, save_tensors
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def blend(config: BlendConfig) -> Path:
     Raises:
         ValueError: if the worlds differ in more than weights, or there is a world in `out`.
     """
-    if (config.out / CONFIG).exists():
-        raise ValueError(f"out: expected a folder without a world, found {CONFIG} in {config.out}. Name another.")
+    check_vacant(config.out, "world", CONFIG)
     (model, about), (other, _) = load_model(config.world), load_model(config.other)
     mine, theirs = model.state_dict(), other.state_dict()
     same = (model.config, model.action_space) == (other.config, other.action_space)

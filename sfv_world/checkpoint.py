@@ -57,6 +57,13 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def check_vacant(folder: Path, what: str, *names: str) -> None:
+    """Raises a ValueError if a folder that is to be written holds `what` already: a file of one of the names."""
+    found = [name for name in names if (folder / name).exists()]
+    if found:
+        raise ValueError(f"out: expected a folder without a {what}, found {found[0]} in {folder}. Name another.")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
     with replacing(path) as beside:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sfv_world.checkpoint import CODEC, CONFIG, save_autoencoder
+from sfv_world.checkpoint import CODEC, CONFIG, check_vacant, save_autoencoder
 from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.data.clips import load_episodes
@@ -83,11 +83,7 @@ class CodecTrainer:
         given_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        found = [name for name in (CODEC, CONFIG) if (config.out / name).exists()]
-        if found:
-            raise ValueError(
-                f"out: expected a folder without a codec or world, found {found[0]} in {config.out}. Name another."
-            )
+        check_vacant(config.out, "codec or world", CODEC, CONFIG)
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
         torch.manual_seed(config.seed)

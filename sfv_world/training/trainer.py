@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from sfv_world.checkpoint import CODEC, CONFIG, load_autoencoder, save_model
+from sfv_world.checkpoint import CODEC, CONFIG, check_vacant, load_autoencoder, save_model
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
 from sfv_world.film import compare
@@ -55,11 +55,8 @@ class Trainer:
             raise ValueError(
                 f"out: {config.out} holds a training run. Add --resume to continue it, or name another folder."
             )
-        found = [name for name in (CONFIG, CODEC) if not config.resume and (config.out / name).exists()]
-        if found:
-            raise ValueError(
-                f"out: expected a folder without a codec or world, found {found[0]} in {config.out}. Name another."
-            )
+        if not config.resume:
+            check_vacant(config.out, "codec or world", CODEC, CONFIG)
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)
         self.before: dict[str, int | float] | None = None
