@@ -7,7 +7,7 @@ takes. What is left of the measured time is lost between: by operations too smal
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -51,18 +51,24 @@ class Work(NamedTuple):
 
 def measure_rates(device: torch.device) -> Rates:
     """Measures a machine, in about a second."""
-    side, size = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
-    a, b = torch.rand(2, side, side, device=device)
-    source, small = torch.zeros(size, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
-    target = torch.empty_like(source)
+    small = torch.zeros(1, device=device)
 
     def many() -> None:
         for _ in range(1000):
             small.add_(1)
 
+    def multiply(side: int) -> tuple[int, Callable[[], Any]]:
+        a, b = torch.rand(2, side, side, device=device)
+        return 2 * side**3, lambda: a @ b
+
+    def copy(size: int) -> tuple[int, Callable[[], Any]]:
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return 2 * size, lambda: target.copy_(source)
+
     return Rates(
-        flops=2 * side**3 / _best_time(lambda: a @ b, device),
-        bytes=2 * size / _best_time(lambda: target.copy_(source), device),
+        flops=_rate(map(multiply, (1024, 2048, 4096, 8192)), device),
+        bytes=_rate(map(copy, (2**27, 2**28, 2**29, 2**30)), device),
         start=_best_time(many, device) / 1000,
     )
 
@@ -213,6 +219,17 @@ def _public_methods(kind: type) -> set[str]:
 def _attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Operations of attention, from its shapes (rows, heads, length, channels); a causal mask saves nothing here."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _rate(jobs: Iterable[tuple[int, Callable[[], Any]]], device: torch.device, least: float = 0.005) -> float:
+    """Amount of work a second in the first job that takes `least` seconds or more, else in the last."""
+    rate = 0.0
+    for amount, work in jobs:
+        seconds = _best_time(work, device)
+        rate = amount / seconds
+        if seconds >= least:
+            break
+    return rate
 
 
 def _best_time(work: Callable[[], Any], device: torch.device, least: float = 0.2) -> float:

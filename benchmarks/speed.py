@@ -220,15 +220,18 @@ def _verdict(reached: bool) -> str:
     return "reached" if reached else "missed"
 
 
+def load(config: SpeedConfig) -> World:
+    """The world as it is to be measured, but for recordings: what is replayed cannot be taken apart."""
+    world = load_world(config.world, config.device, dtype=getattr(torch, config.dtype))
+    return world.compiled() if config.compile else world
+
+
 def main(config: SpeedConfig) -> None:
     """Measures and writes."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    world = load_world(config.world, config.device, dtype=getattr(torch, config.dtype))
-    if config.compile:
-        world = world.compiled()
-    if config.record:
-        world = world.recorded()
+    plain = load(config)
+    world = load(config).recorded() if config.record else plain
     device = world.device.type
     machine, goals = GOALS[device]
     report = Report(config.out, config, config.device)
@@ -244,10 +247,10 @@ def main(config: SpeedConfig) -> None:
     profiled = [timing.rows for timing in timings if timing.rows in goals] or [first.rows]
     rates = measure_rates(world.device)
     profile_steps = min(40, config.steps)
-    shares = [row for rows in profiled for row in share_of_steps(world, rows, profile_steps, config.output)]
-    report.table("share", "Where a step's time goes", shares)
+    shares = [row for rows in profiled for row in share_of_steps(plain, rows, profile_steps, config.output)]
+    report.table("share", f"Where a step's time goes{', without recordings' if config.record else ''}", shares)
     measured = {timing.rows: 1000 * float(timing.seconds.mean()) for timing in timings}
-    bounds = [bounds_of_steps(world, rows, min(5, config.steps), rates, measured[rows]) for rows in profiled]
+    bounds = [bounds_of_steps(plain, rows, min(5, config.steps), rates, measured[rows]) for rows in profiled]
     title = (
         f"Of a step's ms, what would do at the machine's measured rates: {rates.flops / 1e9:,.0f} GFLOP/s in float32 matrix "
         f"products, {rates.bytes / 1e9:,.0f} GB/s in copies, {1e6 * rates.start:.1f} us for the smallest operation"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sfv_world.data.collect import CollectConfig, collect
 
@@ -55,6 +56,17 @@ def test_speed(benchmark, build_world, kind):
     assert found["horizon"]["rows"][-1]["step"] == 12
     assert {row["verdict"] for row in found["goals"]["rows"]} <= {"reached", "missed"}
     assert "| goal | found | verdict | what bounds it |" in out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_speed_of_recorded_steps(benchmark, build_world):
+    few = ("--batches", 1, 2, "--steps", 3, "--horizon", 12, "--seconds", 1)
+    _, found = benchmark("speed", "--world", build_world("bands"), "--device", "cuda", "--record", *few)
+    assert found["batch"]["rows"][0]["goal"] == 100 and found["horizon"]["rows"][-1]["device_mb"] >= 0
+    shares = {row["part"]: row["share"] for row in found["share"]["rows"]}  # what is replayed cannot be taken apart
+    assert found["share"]["title"].endswith("without recordings") and shares["deep flow"] > 0
+    assert found["bounds"]["rows"][0]["gflop_a_frame"] > 0
 
 
 def test_decoding(benchmark, recording):
