@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Follower:
-    """Runs pieces of work one after the other, in the order given; leaving the context waits for the last one.
+    """Runs pieces of work one after the other, in the order given; leaving waits for the last one, as does the device.
 
     An error in a piece of work is raised by `submit`, by a later one on a CUDA device, or when the context is left.
     """
@@ -51,9 +51,10 @@ class Follower:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.thread is None:
+        if self.stream is None or self.thread is None:
             return
         self.thread.shutdown(wait=True, cancel_futures=error is not None)
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         if error is None:
             for future in self.pending:
                 future.result()
