@@ -62,7 +62,8 @@ def image_world(tmp_path_factory):
 @pytest.fixture
 def config(world, tmp_path):
     clip = ClipConfig(guidance=1.5, chunk=3, context=1, decoding=DecodingConfig(block=1), seed=2)
-    return GenerateConfig(world, tmp_path / "clip.mp4", "a cat runs", frames=9, height=32, width=48, clip=clip)
+    size, where = {"frames": 9, "height": 32, "width": 48}, {"dtype": "float32", "device": "cpu"}
+    return GenerateConfig(world, tmp_path / "clip.mp4", "a cat runs", clip=clip, **size, **where)
 
 
 def read_film(path):
