@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: it decodes the same frames without waiting, recorded or not, in bfloat16, and trains in it."""
+"""On a CUDA device: it decodes the same frames without waiting, recorded or not, in bfloat16, and trains in it."""
 
 import subprocess
 import sys
@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import adapted
 import numpy as np
 import pytest
 import torch
+from test_latent_codec import latent_model
 
+from sfv_world.checkpoint import save_model
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.envs.world_env import WorldEnv
+from sfv_world.evaluation import density, split_as_trained
 from sfv_world.loading import load_world
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.trainer import train
+from sfv_world.transfer import Fetch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +30,7 @@ pytestmark = [
 
 OPTIONS = [{}, {"denoise": "causal"}, {"denoise": "lookahead"}, {"guidance": 1.5, "temperature": 0.9}]
 ACTIONS = np.random.default_rng(1).integers(0, 3, (10, 3))
+VIDEO = np.random.default_rng(0).integers(0, 256, (3, 8, 16, 24, 3), np.uint8)
 
 
 @contextmanager
@@ -53,6 +59,33 @@ def test_the_device_decodes_the_same_frames(tiny_folder):
         assert (y.certificate < cuda.decoding.tolerance).all()
 
 
+@pytest.mark.parametrize("kind", ["latent", "released"])
+def test_other_worlds_decode_there(tmp_path, kind):
+    if kind == "latent":
+        save_model(tmp_path, latent_model("bands"))
+    else:
+        backbone = adapted.make_backbone(tmp_path)
+        adapted.make_world(tmp_path, adapted.make_model(backbone), backbone)
+    (cpu, x), (cuda, y) = ((load_world(tmp_path, device), []) for device in ("cpu", "cuda"))
+    for world, told in ((cpu, x), (cuda, y)):
+        frames = VIDEO[:2, : world.time]
+        state = world.reset(VIDEO[:2, :1], None, [1, 2])
+        state, output = world.observe(state, ACTIONS[5, :2], frames[:, 0] if world.time == 1 else frames)
+        told += [output.log_likelihood, *output.frames]
+        for actions in ACTIONS[:2]:
+            state, output = world.step(state, actions[:2])
+            told.append(output.log_likelihood)
+    for ours, theirs in zip(x, y, strict=True):
+        assert theirs.is_cuda
+        torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-3, atol=1 if ours.dtype == torch.uint8 else 0.1)
+
+
+def test_a_world_is_measured_there(home):
+    worlds = [load_world(home / "world", device) for device in ("cpu", "cuda")]
+    ours, theirs = (density(world, *split_as_trained(world, home / "data"), frames=40, seed=0) for world in worlds)
+    assert ours.keys() == theirs.keys() and ours["bits_per_dim"] == pytest.approx(theirs["bits_per_dim"], abs=1e-3)
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_waits_for_nothing(build_world, options, recorded):
@@ -65,9 +98,10 @@ def test_a_step_waits_for_nothing(build_world, options, recorded):
     with nothing_waits():
         for actions in ACTIONS:
             state, output = world.step(state, actions)
-        state.put(np.array([1]), world.start([7], state.clock))
+        state.put(np.array([1]), world.reset(VIDEO[:1, :4], ACTIONS[:3, :1].T, [7], clock=state.clock))
         state, output = world.step(state[[0, 1, 1]], None)
-    assert (output.certificate < 1e-3).all()
+        _, read = world.observe(state[:], ACTIONS[0], VIDEO[:, 0])
+    assert (output.certificate < 1e-3).all() and (read.certificate < 1e-3).all() and read.frames.is_cuda
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,8 +120,13 @@ def test_recorded_steps_are_steps(build_world, options, dtype):
             atol = 1 if not ours.is_floating_point() else 1e-3 if dtype == torch.float32 else 0.1
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=atol)
         assert torch.equal(a.stream.cache.visible, b.stream.cache.visible) and a.clock == b.clock
+    assert len(recorded._recorder._recordings) == 3  # one for each place in the ring
+    recorded.decoding = replace(recorded.decoding, tolerance=1e-2)
+    recorded.step(b, ACTIONS[0])
+    assert len(recorded._recorder._recordings) == 4
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a build that compiles for CUDA")
 def test_compiled_and_recorded_steps_are_steps(build_world):
     script = """
 import sys, torch
@@ -111,20 +150,27 @@ def test_bfloat16_on_the_device_is_that_of_the_cpu(tiny_folder):
     assert output.noise.dtype == torch.float32 and (output.certificate <= cuda.decoding.tolerance).all()
 
 
-def test_observations_stay_on_the_device_and_nothing_waits(build_world):
-    folder = build_world("bands")
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_a_batch_of_environments_waits_for_flags_and_frames_alone(build_world, monkeypatch, mode):
+    folder, waits, wait = build_world("bands"), [], Fetch.wait
+    monkeypatch.setattr(Fetch, "wait", lambda fetch: waits.append(fetch) or wait(fetch))
     numpy, tensors = (
-        WorldVectorEnv(3, world=folder, device="cuda", max_episode_steps=4, output=kind) for kind in ("numpy", "torch")
+        WorldVectorEnv(3, world=folder, device="cuda", max_episode_steps=4, output=kind, autoreset_mode=mode)
+        for kind in ("numpy", "torch")
     )
     for envs in (numpy, tensors):
         envs.reset(seed=0)
         envs.step(ACTIONS[0])
     for actions in ACTIONS:
-        expected = numpy.step(actions)
-        with nothing_waits():  # but for an event, of the step before
+        with nothing_waits():  # but for events: all that a NumPy caller is given, and whether episodes ended ...
+            waits.clear()
+            expected = numpy.step(actions)
+            assert len(waits) == 2
+            waits.clear()
             found = tensors.step(actions)
+            assert len(waits) == 1  # ... in the step before, where it can wait
         assert all(x.is_cuda for x in found[:4])
-        for x, y in zip((*expected[:4], *expected[4].values()), (*found[:4], *found[4].values()), strict=True):
+        for x, y in zip(expected[:4], found[:4], strict=True):
             np.testing.assert_array_equal(x, y.cpu().numpy())
 
 
@@ -143,5 +189,5 @@ def test_training_in_bfloat16_learns(tmp_path):
         data=data, out=tmp_path / "run", preset="tiny", steps=2, clip=4, held_out=0.3, ema=0.9, device="cuda"
     )
     before = train(config)
-    after = train(replace(config, steps=60, out=tmp_path / "longer"))
+    after = train(replace(config, steps=30, out=tmp_path / "longer"))
     assert np.isfinite(after["nats_per_dim"]) and after["nats_per_dim"] < before["nats_per_dim"]
