@@ -208,7 +208,8 @@ def load_released(
     if spread:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for layer in flow.block(-1).attn_blocks:
-            fully_shard(layer.to(dtype), mesh=mesh)
+            # Each is a root of its own, and a root would stay whole after its first pass.
+            fully_shard(layer.to(dtype), mesh=mesh, reshard_after_forward=True)
     places = dict(flow.named_parameters())
     tensors = {name: _share(whole, places[name]) for name, whole in _converted(stored, found, device, dtype)}
     flow.load_state_dict(tensors, assign=True)
