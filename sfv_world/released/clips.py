@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sfv_world.codec.vae import ImageCodec, Memory, WanCodec, to_frames
 from sfv_world.decoding.solver import DecodingConfig
@@ -112,7 +113,7 @@ def draw_clips(
         return torch.stack(noise, dim=1).to(device)
 
     finisher, latents, said = Finisher(flow, codec, text, grid, config, progress), [], []
-    with Follower(device) as follower:
+    with Follower(device, runs_ahead(flow)) as follower:
         if start is not None:
             begin = flow.tokens(start)
             noised = begin + finisher.noise * normal(given)
@@ -143,6 +144,16 @@ def draw_clips(
         certificate=torch.stack([report.certificate for report in reports], dim=1).cpu(),
         guided=bool(config.guidance),
     )
+
+
+def runs_ahead(flow: ReleasedFlow) -> bool:
+    """Whether the deep flow may go on while a chunk is cleaned.
+
+    Not where processes share it and its own score cleans, which needs the same layers: two threads would gather their shards, in
+    another order on every process.
+    """
+    shared = any(isinstance(layer, FSDPModule) for layer in flow.block(-1).attn_blocks)
+    return flow.learnable_self_denoiser is not None or not shared
 
 
 class Finisher:
