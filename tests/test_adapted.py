@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapted import HEIGHT, WIDTH, make_backbone, make_model, make_world
 from gymnasium.utils.env_checker import check_env
+from released import count_caches
 from tiny import normal
 
 import sfv_world
@@ -133,6 +134,14 @@ def test_what_is_said_of_imagined_steps_is_that_of_a_parallel_pass(world, denois
                 output = outputs[at.start + n - 3]
                 close(output.log_likelihood, encoding.log_prob[:, n].sum(-1), atol=5e-3)
                 close(output.noise, encoding.noise[:, n])
+
+
+def test_a_restart_lets_go_of_the_keys_and_values_before(world, monkeypatch):
+    counts = count_caches(monkeypatch, world.model.flow.block(-1))
+    state = world.start([0])
+    for _ in range(5):  # three frames of a chunk of four are there: two restarts
+        state, _ = world.step(state, [1])
+    assert counts == [1, 1, 1]
 
 
 def test_rows_are_alone_and_copies_go_on_alike(world):

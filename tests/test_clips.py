@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from released import TINY, close
+from released import TINY, close, count_caches
 from test_vae import image_vae, wan_vae
 from tiny import normal, randomised
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -76,6 +76,12 @@ def test_longer_clips_restart_from_the_last_latents(flow, draw):
     whole = draw(7, replace(CONFIG, chunk=7))
     close(found.tokens[:, :4], whole.tokens[:, :4])
     assert (found.tokens[:, 4] - whole.tokens[:, 4]).abs().max() > 1e-3
+
+
+def test_a_restart_lets_go_of_the_keys_and_values_before(flow, draw, monkeypatch):
+    counts = count_caches(monkeypatch, flow.block(-1))
+    draw(7, CONFIG)
+    assert counts == [1, 1, 1]
 
 
 @torch.no_grad()

@@ -268,7 +268,9 @@ class AdaptedModel(nn.Module):
     def _make_room(self, video: Video, controls: Float[Tensor, "1 m d"]) -> None:
         """Tells the deep block of the next frame's controls; restarts where a chunk is full."""
         if len(video.chunk) == self.config.chunk:
-            video.chunk, video.deep = video.chunk[-self.config.context :], self._deep_stream()
+            video.chunk = video.chunk[-self.config.context :]
+            del video.deep  # its keys and values, before there are new ones
+            video.deep = self._deep_stream()
             for past in video.chunk:
                 video.deep.block.told = self.adapter.told(past.controls[:, None])
                 video.deep.read(past.latents[:, None])

@@ -135,6 +135,7 @@ def draw_clips(
                 progress("drawn")
                 follower.submit(finisher.invert, drawn.latents)
             follower.submit(partial(finisher.finish, len(known), new))
+            del deep  # its keys and values, before there are those of the next chunk
     reports = [join(deep_part, shallow_part) for deep_part, shallow_part in zip(said, finisher.reports, strict=True)]
     return Clip(
         frames=torch.cat(finisher.frames, dim=1),
