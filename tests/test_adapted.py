@@ -7,6 +7,7 @@ import torch
 from adapted import HEIGHT, WIDTH, make_backbone, make_model, make_world
 from gymnasium.utils.env_checker import check_env
 from released import count_caches
+from safetensors.torch import load_file, save_file
 from tiny import normal
 
 import sfv_world
@@ -274,4 +275,19 @@ def test_a_world_without_its_backbone_is_told(tmp_path):
     (tmp_path / "second").mkdir()
     make_backbone(tmp_path / "second", denoiser=False).rename(released)
     with pytest.raises(ValueError, match=r"backbone: expected the released model and VAE that .* was trained on"):
+        load_adapted(folder)
+
+
+def test_another_vae_is_told(tmp_path):
+    released = make_backbone(tmp_path)
+    folder = make_world(tmp_path / "world", make_model(released), released)
+    path = released / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors, path)
+    load_adapted(folder)  # written anew, it is the same
+    save_file(tensors | {"decoder.conv_in.bias": tensors["decoder.conv_in.bias"] + 0.01}, path)
+    with pytest.raises(ValueError, match=r"backbone: expected the released model and VAE that .* was trained on"):
+        load_adapted(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors: expected safetensors, got a file"):
         load_adapted(folder)

@@ -46,7 +46,7 @@ class AdaptedConfig:
     backbone: str
     """Folder of the released model, with its VAE: relative to the world's, or absolute."""
     fingerprint: int
-    """Checksum of the released model that the adapter was trained on."""
+    """Checksum of the released model and VAE that the adapter was trained on."""
     codec: VideoCodecConfig
     """Frames to tokens."""
     noise: float

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sfv_world.pretrained import weights
 from sfv_world.released.config import PRESETS, ReleasedConfig, find_config
 from sfv_world.released.model import ReleasedFlow
 
@@ -117,6 +119,25 @@ def _open_folder(folder: Path) -> Stored:
         raise ValueError(
             f"{folder}: expected {INDEX} and complete shards, got files that cannot be read ({error}). Copy or convert it again."
         ) from error
+    return Stored(folder, shapes, lambda name: of_tensor[name].get_tensor(name))
+
+
+def open_network(folder: Path) -> Stored:
+    """The tensors of a network in the layouts of `diffusers` and `transformers`.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    of_tensor: dict[str, Any] = {}
+    for path in weights(folder):
+        try:
+            file = safe_open(path, framework="pt")
+            of_tensor |= dict.fromkeys(file.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: expected safetensors, got a file that cannot be read ({error}). Copy it again."
+            ) from error
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in of_tensor.items()}
     return Stored(folder, shapes, lambda name: of_tensor[name].get_tensor(name))
 
 
