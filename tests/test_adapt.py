@@ -158,6 +158,8 @@ def test_rewards_and_ends_of_a_step_are_those_of_its_frames(config):
         ({"freeze_backbone": False, "prompt": ""}, r"expected a world, got a released model.*--freeze-backbone"),
         ({"clip": 3}, r"clip: expected 5 to 81 frames.*got 3"),
         ({"clip": 82}, r"clip: expected 5 to 81 frames.*got 82"),
+        ({"noise": 0.0}, r"noise: expected more than 0, for frames without noise have no density, got 0.0"),
+        ({"noise": -0.5}, r"noise: expected more than 0, for frames without noise have no density, got -0.5"),
         ({"init": "data"}, r"data: expected the folder of a converted model"),
         ({"init": "own"}, r"init: expected a folder made by `sfv-world convert`, got .*own"),
         ({"data": "odd"}, r"height, width: expected multiples of 8 pixels.*got frames of 20 x 24.*collect"),

@@ -63,6 +63,10 @@ class AdaptedConfig:
     """Latent frames of a chunk that the next one begins with."""
 
     def __post_init__(self) -> None:
+        if not self.noise > 0:
+            raise ValueError(
+                f"noise: expected more than 0, for frames without noise have no density, got {self.noise}."
+            )
         if not 1 <= self.context < self.chunk:
             raise ValueError(
                 f"context: expected at least 1 latent frame and fewer than the chunk's {self.chunk}, got {self.context}."
