@@ -138,6 +138,9 @@ def test_what_does_not_fit_is_told(draw):
         replace(CONFIG, noise=0.0)
     with pytest.raises(ValueError, match="guidance: expected at least 0, got -1.0"):
         replace(CONFIG, guidance=-1.0)
+    for wrong in ({"guidance": 1.0}, {"denoise": "causal"}, {"denoise": "lookahead"}, {"draft": "learned"}):
+        with pytest.raises(ValueError, match=r"decoding: expected guidance 0, .* got .*--clip.guidance guides"):
+            replace(CONFIG, decoding=replace(CONFIG.decoding, **wrong))
     with pytest.raises(
         ValueError, match="start: expected fewer latent frames than the clip's 2 and the chunk's 4, got 2"
     ):

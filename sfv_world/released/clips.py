@@ -49,6 +49,13 @@ class ClipConfig:
             raise ValueError(f"noise: expected a positive number, got {self.noise}.")
         if not self.guidance >= 0:
             raise ValueError(f"guidance: expected at least 0, got {self.guidance}.")
+        asked = self.decoding
+        if asked.guidance or asked.denoise != "none" or asked.draft == "learned":
+            raise ValueError(
+                "decoding: expected guidance 0, denoise 'none' and no draft 'learned' for a clip of a released model, which "
+                f"is always cleaned, got {asked.guidance}, {asked.denoise!r} and {asked.draft!r}. --clip.guidance guides by the "
+                "prompt."
+            )
 
 
 class Clip(NamedTuple):
