@@ -34,7 +34,9 @@ SMALLER = (
     "Give fewer pixels (--height, --width), a smaller --clip.chunk, no guidance (--clip.guidance 0), --dtype bfloat16, a "
     "larger device or several (torchrun --nproc-per-node 2 -m sfv_world generate ...)."
 )
-ELSEWHERE = "Give --dtype bfloat16, or run once where there is room and bring the folder of --prompts."
+ELSEWHERE = (
+    "Give --dtype bfloat16, or run once with this --dtype where there is room and bring the folder of --prompts."
+)
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,12 @@ def _generate(config: GenerateConfig, group: Group) -> Clip:
     fps = config.fps if job.shape.shallow_block_local else None
     prompts = [format_prompt(text, job.clip.noise or job.shape.noise, job.height, job.width, fps) for text in captions]
     encoder = config.text_encoder or config.world / "text_encoder"
-    cache = PromptCache(encoder, config.prompts or config.world / "prompts", job.shape.txt_size)
+    cache = PromptCache(encoder, config.prompts or config.world / "prompts", job.shape.txt_size, dtype)
     check_memory(needs(config, job, group.size), device, SMALLER)
     if cache.missing(prompts):
         numbers = stored_numbers(encoder, ("encoder.", "shared."))
         check_memory([Need("T5 encoder", float(dtype.itemsize * numbers))], device, ELSEWHERE)
-    states = cache.states(prompts, device, dtype).to(device)
+    states = cache.states(prompts, device).to(device)
     codec = load_codec(config.vae or config.world / "vae", device, dtype)
     flow = load_released(config.world, job.shape, device, dtype, spread=group.size > 1).requires_grad_(False)
     start = None if image is None else codec.encode(to_pixels(image[None, None]).to(device))

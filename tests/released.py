@@ -1,6 +1,7 @@
 """Tiny models of the released layout: two that the reference tensors are of, and one for laws."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import normal, randomised
 
 from sfv_world.released import ReleasedConfig, ReleasedFlow, load_released
+from sfv_world.released.model import FlowBlock
 
 REFERENCE = Path(__file__).parent / "reference"
 VIDEO, IMAGE = REFERENCE / "starflow_v_tiny", REFERENCE / "starflow_tiny"
@@ -22,6 +24,21 @@ TINY = ReleasedConfig(
 
 def close(actual, expected, atol=1e-4):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def count_caches(monkeypatch, block):
+    """A list that gets, whenever a cache is made for a block, how many of its caches there are then."""
+    made, counts, new_cache = [], [], FlowBlock.new_cache
+
+    def counted(self, *sizes):
+        cache = new_cache(self, *sizes)
+        if self is block:
+            made.append(weakref.ref(cache.keys))
+            counts.append(sum(keys() is not None for keys in made))
+        return cache
+
+    monkeypatch.setattr(FlowBlock, "new_cache", counted)
+    return counts
 
 
 def load_reference(path):

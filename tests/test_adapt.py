@@ -154,10 +154,19 @@ def test_rewards_and_ends_of_a_step_are_those_of_its_frames(config):
         ),
         ({"groups": 2}, r"freeze_backbone: expected --parallel ddp.*got ddp, None, None, None, 0 and 2"),
         ({"parallel": "fully-shard"}, r"freeze_backbone: expected --parallel ddp"),
+        *(
+            (
+                {name: value},
+                f"freeze_backbone: expected no preset, kind, window or --no-denoiser.*got {{'{name}': {value!r}}}",
+            )
+            for name, value in (("preset", "tiny"), ("kind", "autoregressive"), ("window", 4), ("denoiser", False))
+        ),
         ({"freeze_backbone": False}, r"prompt: expected none without --freeze-backbone, got 'a cat'"),
         ({"freeze_backbone": False, "prompt": ""}, r"expected a world, got a released model.*--freeze-backbone"),
         ({"clip": 3}, r"clip: expected 5 to 81 frames.*got 3"),
         ({"clip": 82}, r"clip: expected 5 to 81 frames.*got 82"),
+        ({"noise": 0.0}, r"noise: expected more than 0, for frames without noise have no density, got 0.0"),
+        ({"noise": -0.5}, r"noise: expected more than 0, for frames without noise have no density, got -0.5"),
         ({"init": "data"}, r"data: expected the folder of a converted model"),
         ({"init": "own"}, r"init: expected a folder made by `sfv-world convert`, got .*own"),
         ({"data": "odd"}, r"height, width: expected multiples of 8 pixels.*got frames of 20 x 24.*collect"),

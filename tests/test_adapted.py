@@ -6,6 +6,8 @@ import pytest
 import torch
 from adapted import HEIGHT, WIDTH, make_backbone, make_model, make_world
 from gymnasium.utils.env_checker import check_env
+from released import count_caches
+from safetensors.torch import load_file, save_file
 from tiny import normal
 
 import sfv_world
@@ -133,6 +135,14 @@ def test_what_is_said_of_imagined_steps_is_that_of_a_parallel_pass(world, denois
                 output = outputs[at.start + n - 3]
                 close(output.log_likelihood, encoding.log_prob[:, n].sum(-1), atol=5e-3)
                 close(output.noise, encoding.noise[:, n])
+
+
+def test_a_restart_lets_go_of_the_keys_and_values_before(world, monkeypatch):
+    counts = count_caches(monkeypatch, world.model.flow.block(-1))
+    state = world.start([0])
+    for _ in range(5):  # three frames of a chunk of four are there: two restarts
+        state, _ = world.step(state, [1])
+    assert counts == [1, 1, 1]
 
 
 def test_rows_are_alone_and_copies_go_on_alike(world):
@@ -265,4 +275,19 @@ def test_a_world_without_its_backbone_is_told(tmp_path):
     (tmp_path / "second").mkdir()
     make_backbone(tmp_path / "second", denoiser=False).rename(released)
     with pytest.raises(ValueError, match=r"backbone: expected the released model and VAE that .* was trained on"):
+        load_adapted(folder)
+
+
+def test_another_vae_is_told(tmp_path):
+    released = make_backbone(tmp_path)
+    folder = make_world(tmp_path / "world", make_model(released), released)
+    path = released / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors, path)
+    load_adapted(folder)  # written anew, it is the same
+    save_file(tensors | {"decoder.conv_in.bias": tensors["decoder.conv_in.bias"] + 0.01}, path)
+    with pytest.raises(ValueError, match=r"backbone: expected the released model and VAE that .* was trained on"):
+        load_adapted(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors: expected safetensors, got a file"):
         load_adapted(folder)

@@ -5,13 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from released import TINY, close
+import torch.distributed as dist
+from released import TINY, close, count_caches
 from test_vae import image_vae, wan_vae
 from tiny import normal, randomised
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sfv_world.codec.vae import ImageCodec, WanCodec, to_frames
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.released import ReleasedFlow, sample
+from sfv_world.released import ReleasedFlow, clips, load_released, sample
 from sfv_world.released.clips import ClipConfig, draw_clips
 from sfv_world.released.pipeline import Follower
 from sfv_world.released.sampling import clean
@@ -76,6 +78,12 @@ def test_longer_clips_restart_from_the_last_latents(flow, draw):
     assert (found.tokens[:, 4] - whole.tokens[:, 4]).abs().max() > 1e-3
 
 
+def test_a_restart_lets_go_of_the_keys_and_values_before(flow, draw, monkeypatch):
+    counts = count_caches(monkeypatch, flow.block(-1))
+    draw(7, CONFIG)
+    assert counts == [1, 1, 1]
+
+
 @torch.no_grad()
 def test_start_frames_are_shown_and_continued(flow, codec, draw):
     start = codec.encode(normal(ROWS, 1, 16, 32, 3).tanh())
@@ -130,6 +138,9 @@ def test_what_does_not_fit_is_told(draw):
         replace(CONFIG, noise=0.0)
     with pytest.raises(ValueError, match="guidance: expected at least 0, got -1.0"):
         replace(CONFIG, guidance=-1.0)
+    for wrong in ({"guidance": 1.0}, {"denoise": "causal"}, {"denoise": "lookahead"}, {"draft": "learned"}):
+        with pytest.raises(ValueError, match=r"decoding: expected guidance 0, .* got .*--clip.guidance guides"):
+            replace(CONFIG, decoding=replace(CONFIG.decoding, **wrong))
     with pytest.raises(
         ValueError, match="start: expected fewer latent frames than the clip's 2 and the chunk's 4, got 2"
     ):
@@ -146,6 +157,31 @@ def test_a_follower_keeps_the_order_and_raises():
     assert done == [1, 2]
     with pytest.raises(ZeroDivisionError), Follower(torch.device("cpu")) as follower:
         follower.submit(lambda: 1 / 0)
+    with Follower(torch.device("cuda"), behind=False) as follower:
+        follower.submit(done.append, torch.tensor(3))
+        assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("denoiser", [False, True])
+def test_the_deep_flow_waits_where_the_score_needs_its_shared_layers(codec, tmp_path, monkeypatch, denoiser):
+    told = []
+
+    class Told(Follower):
+        def __init__(self, device, behind=True):
+            told.append(behind)
+            super().__init__(device, behind)
+
+    monkeypatch.setattr(clips, "Follower", Told)
+    shape = replace(TINY, in_channels=4, learnable_self_denoiser=denoiser)
+    torch.save(ReleasedFlow(shape).state_dict(), tmp_path / "tiny.pth")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        for spread in (False, True):
+            flow = load_released(tmp_path / "tiny.pth", shape, spread=spread).requires_grad_(False)
+            draw_clips(flow, codec, TEXT, GRID, 1, CONFIG)
+    finally:
+        dist.destroy_process_group()
+    assert told == [True, denoiser]
 
 
 @pytest.mark.gpu

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from conftest import tiny_model
 from gymnasium import spaces
 from recorded import record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sfv_world.checkpoint import load_model
 from sfv_world.training.distributed import ALONE, Group, load_state, save_state
@@ -101,6 +105,18 @@ def test_two_processes_train_as_one(home, name):
 def test_every_kind_of_flow_can_be_sharded(home):
     assert ends(home, "drafted") == ["done"] * 2
     same(home / "one-drafted", home / "drafted")
+
+
+def test_shards_lie_on_the_device_of_the_group_whatever_the_machine_has(monkeypatch):
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *arguments: torch.device("cuda"))
+    model = tiny_model("bands", spaces.Discrete(3), 0)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        Group(1, 2, "cpu").shard(model)
+    finally:
+        dist.destroy_process_group()
+    shards = list(model.parameters())
+    assert all(isinstance(shard, DTensor) and shard.device_mesh.device_type == "cpu" for shard in shards)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,30 @@ def test_each_process_keeps_its_share_of_the_deep_block(world):
             assert torch.equal(mine.to_local(), theirs.chunk(2)[1])
 
 
+def test_layers_that_are_shared_are_whole_only_while_they_are_used(world):
+    script = """
+import sys, torch
+from torch.distributed.tensor import DTensor
+from sfv_world.released import load_released, sample
+from sfv_world.training.distributed import joined
+with joined("cpu"):
+    flow = load_released(sys.argv[1], spread=True).requires_grad_(False)
+    text = torch.zeros(1, flow.config.txt_size, flow.config.txt_dim)
+    shared = lambda: [isinstance(parameter, DTensor) for parameter in flow.block(-1).attn_blocks.parameters()]
+    tokens = sample(flow, torch.zeros(1, 2, 1, flow.config.token_channels), text, (1, 1)).tokens.requires_grad_()
+    assert all(shared()), shared()
+    log_prob = flow(tokens, text, (1, 1)).log_prob.sum()
+    assert all(shared()), shared()
+    torch.autograd.grad(log_prob, tokens)  # as the score does that cleans
+    assert all(shared()), shared()
+"""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*torchrun, sys.executable, "-c", script, str(world)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @torch.no_grad()
 def test_a_film_is_the_parts_one_after_the_other(config, world, tmp_path):
     config = replace(config, prompts=tmp_path / "prompts")

@@ -115,6 +115,16 @@ def test_states_of_another_encoder_are_others(tmp_path):
     assert cache.missing(["a cat"]) == ["a cat"]
 
 
+def test_states_of_another_dtype_are_others(folder, tmp_path):
+    cache = PromptCache(folder, tmp_path, LENGTH)
+    half = replace(cache, dtype=torch.bfloat16)
+    rough = half.states(["a cat"])
+    assert cache.missing(["a cat"]) == ["a cat"]
+    exact = cache.states(["a cat"])
+    close(exact, load_text_encoder(folder, LENGTH)(["a cat"]))
+    assert torch.equal(half.states(["a cat"]), rough) and not torch.equal(rough, exact)
+
+
 def test_folders_that_hold_no_encoder(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected the folder of a T5EncoderModel"):
         load_text_encoder(tmp_path, LENGTH)

@@ -46,7 +46,7 @@ class AdaptedConfig:
     backbone: str
     """Folder of the released model, with its VAE: relative to the world's, or absolute."""
     fingerprint: int
-    """Checksum of the released model that the adapter was trained on."""
+    """Checksum of the released model and VAE that the adapter was trained on."""
     codec: VideoCodecConfig
     """Frames to tokens."""
     noise: float
@@ -63,6 +63,10 @@ class AdaptedConfig:
     """Latent frames of a chunk that the next one begins with."""
 
     def __post_init__(self) -> None:
+        if not self.noise > 0:
+            raise ValueError(
+                f"noise: expected more than 0, for frames without noise have no density, got {self.noise}."
+            )
         if not 1 <= self.context < self.chunk:
             raise ValueError(
                 f"context: expected at least 1 latent frame and fewer than the chunk's {self.chunk}, got {self.context}."
@@ -268,7 +272,9 @@ class AdaptedModel(nn.Module):
     def _make_room(self, video: Video, controls: Float[Tensor, "1 m d"]) -> None:
         """Tells the deep block of the next frame's controls; restarts where a chunk is full."""
         if len(video.chunk) == self.config.chunk:
-            video.chunk, video.deep = video.chunk[-self.config.context :], self._deep_stream()
+            video.chunk = video.chunk[-self.config.context :]
+            del video.deep  # its keys and values, before there are new ones
+            video.deep = self._deep_stream()
             for past in video.chunk:
                 video.deep.block.told = self.adapter.told(past.controls[:, None])
                 video.deep.read(past.latents[:, None])

@@ -12,7 +12,7 @@ from sfv_world.codec.vae import ImageCodec, WanCodec, find_codec, load_codec
 from sfv_world.codec.video import VideoCodec, VideoCodecConfig
 from sfv_world.pretrained import read_config
 from sfv_world.released.config import LAYOUT, ReleasedConfig, find_config
-from sfv_world.released.load import load_released, open_checkpoint
+from sfv_world.released.load import load_released, open_checkpoint, open_network
 from sfv_world.released.memory import check_memory
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.plan import sampling_needs
@@ -104,15 +104,16 @@ def as_codec(shape: ReleasedConfig, vae: WanCodec | ImageCodec, height: int, wid
 
 
 def fingerprint(folder: Path) -> int:
-    """Checksum of a model's tensors, by their names and shapes and the contents of the small ones (biases, norms).
+    """Checksum of the tensors of a model and its VAE, by their names and shapes and the contents of the small ones (biases, norms).
 
     Raises:
-        ValueError: if the folder holds no model that can be read.
+        ValueError: if the folder holds no model with its VAE that can be read.
     """
-    stored, checksum = open_checkpoint(folder), 0
-    for name, shape in sorted(stored.shapes.items()):
-        checksum = zlib.crc32(f"{name} {shape}".encode(), checksum)
-        if math.prod(shape) < 2**16:
-            values = stored.read(name).contiguous().view(torch.uint8)
-            checksum = zlib.crc32(values.numpy().tobytes(), checksum)
+    checksum = 0
+    for stored in (open_checkpoint(folder), open_network(folder / "vae")):
+        for name, shape in sorted(stored.shapes.items()):
+            checksum = zlib.crc32(f"{name} {shape}".encode(), checksum)
+            if math.prod(shape) < 2**16:
+                values = stored.read(name).flatten().view(torch.uint8)
+                checksum = zlib.crc32(values.numpy().tobytes(), checksum)
     return checksum

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sfv_world.codec.vae import ImageCodec, Memory, WanCodec, to_frames
 from sfv_world.decoding.solver import DecodingConfig
@@ -48,6 +49,13 @@ class ClipConfig:
             raise ValueError(f"noise: expected a positive number, got {self.noise}.")
         if not self.guidance >= 0:
             raise ValueError(f"guidance: expected at least 0, got {self.guidance}.")
+        asked = self.decoding
+        if asked.guidance or asked.denoise != "none" or asked.draft == "learned":
+            raise ValueError(
+                "decoding: expected guidance 0, denoise 'none' and no draft 'learned' for a clip of a released model, which "
+                f"is always cleaned, got {asked.guidance}, {asked.denoise!r} and {asked.draft!r}. --clip.guidance guides by the "
+                "prompt."
+            )
 
 
 class Clip(NamedTuple):
@@ -112,7 +120,7 @@ def draw_clips(
         return torch.stack(noise, dim=1).to(device)
 
     finisher, latents, said = Finisher(flow, codec, text, grid, config, progress), [], []
-    with Follower(device) as follower:
+    with Follower(device, runs_ahead(flow)) as follower:
         if start is not None:
             begin = flow.tokens(start)
             noised = begin + finisher.noise * normal(given)
@@ -134,6 +142,7 @@ def draw_clips(
                 progress("drawn")
                 follower.submit(finisher.invert, drawn.latents)
             follower.submit(partial(finisher.finish, len(known), new))
+            del deep  # its keys and values, before there are those of the next chunk
     reports = [join(deep_part, shallow_part) for deep_part, shallow_part in zip(said, finisher.reports, strict=True)]
     return Clip(
         frames=torch.cat(finisher.frames, dim=1),
@@ -143,6 +152,16 @@ def draw_clips(
         certificate=torch.stack([report.certificate for report in reports], dim=1).cpu(),
         guided=bool(config.guidance),
     )
+
+
+def runs_ahead(flow: ReleasedFlow) -> bool:
+    """Whether the deep flow may go on while a chunk is cleaned.
+
+    Not where processes share it and its own score cleans, which needs the same layers: two threads would gather their shards, in
+    another order on every process.
+    """
+    shared = any(isinstance(layer, FSDPModule) for layer in flow.block(-1).attn_blocks)
+    return flow.learnable_self_denoiser is not None or not shared
 
 
 class Finisher:

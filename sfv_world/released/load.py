@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sfv_world.pretrained import weights
 from sfv_world.released.config import PRESETS, ReleasedConfig, find_config
 from sfv_world.released.model import ReleasedFlow
 
@@ -120,6 +122,25 @@ def _open_folder(folder: Path) -> Stored:
     return Stored(folder, shapes, lambda name: of_tensor[name].get_tensor(name))
 
 
+def open_network(folder: Path) -> Stored:
+    """The tensors of a network in the layouts of `diffusers` and `transformers`.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    of_tensor: dict[str, Any] = {}
+    for path in weights(folder):
+        try:
+            file = safe_open(path, framework="pt")
+            of_tensor |= dict.fromkeys(file.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: expected safetensors, got a file that cannot be read ({error}). Copy it again."
+            ) from error
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in of_tensor.items()}
+    return Stored(folder, shapes, lambda name: of_tensor[name].get_tensor(name))
+
+
 def expected_shapes(config: ReleasedConfig) -> Shapes:
     """Names and shapes of a model's tensors, without any memory."""
     with torch.device("meta"):
@@ -208,7 +229,8 @@ def load_released(
     if spread:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for layer in flow.block(-1).attn_blocks:
-            fully_shard(layer.to(dtype), mesh=mesh)
+            # Each is a root of its own, and a root would stay whole after its first pass.
+            fully_shard(layer.to(dtype), mesh=mesh, reshard_after_forward=True)
     places = dict(flow.named_parameters())
     tensors = {name: _share(whole, places[name]) for name, whole in _converted(stored, found, device, dtype)}
     flow.load_state_dict(tensors, assign=True)

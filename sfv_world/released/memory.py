@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sfv_world.codec.vae import ImageCodec, WanCodec
-from sfv_world.pretrained import weights
+from sfv_world.released.load import open_network
 
 LIVE = 16  # Tensors of a VAE's largest size that are alive at once: activations, and what its convolutions remember.
 
@@ -29,17 +28,7 @@ def stored_numbers(folder: Path, prefixes: tuple[str, ...] = ("",)) -> int:
     Raises:
         ValueError: if a file cannot be read.
     """
-    count = 0
-    for path in weights(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(prefixes)]
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path}: expected safetensors, got a file that cannot be read ({error}). Copy it again."
-            ) from error
-    return count
+    return sum(math.prod(shape) for name, shape in open_network(folder).shapes.items() if name.startswith(prefixes))
 
 
 def codec_needs(codec: WanCodec | ImageCodec, height: int, width: int, size: int) -> list[Need]:

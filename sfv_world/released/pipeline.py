@@ -16,11 +16,15 @@ from torch import Tensor
 class Follower:
     """Runs pieces of work one after the other, in the order given; leaving waits for the last one, as does the device.
 
+    Args:
+        device: where the work computes.
+        behind: whether it may run behind the deep flow; otherwise in plain order, whatever the device.
+
     An error in a piece of work is raised by `submit`, by a later one on a CUDA device, or when the context is left.
     """
 
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, behind: bool = True):
+        self.stream = torch.cuda.Stream(device) if behind and device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1) if self.stream else None
         self.pending: deque[Future[None]] = deque()
 

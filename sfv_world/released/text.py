@@ -91,7 +91,7 @@ def load_text_encoder(
 class PromptCache:
     """States of prompts on disk, so that the encoder, larger than a prompt by far, is loaded for new prompts alone.
 
-    Files are named by prompt, length and encoder: another encoder in the same folder has other states.
+    Files are named by prompt, length, encoder and what it computes in: another encoder in the same folder has other states.
     """
 
     encoder: Path
@@ -100,23 +100,22 @@ class PromptCache:
     """Where states are kept; made when needed."""
     length: int
     """Tokens a prompt."""
+    dtype: torch.dtype = torch.float32
+    """What the encoder computes in."""
 
-    def states(
-        self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Float[Tensor, "b k e"]:
+    def states(self, prompts: Sequence[str], device: str | torch.device = "cpu") -> Float[Tensor, "b k e"]:
         """States of prompts, on the CPU; the encoder is loaded, and let go of, if any of them is new.
 
         Args:
             prompts: what to read.
             device: where the encoder computes.
-            dtype: what it computes in.
 
         Raises:
             ImportError: if it is needed and `transformers` is not installed.
             ValueError: if it is needed and cannot be read, or a file of states is damaged.
         """
         if new := self.missing(prompts):
-            encoded = load_text_encoder(self.encoder, self.length, device, dtype)(new).cpu()
+            encoded = load_text_encoder(self.encoder, self.length, device, self.dtype)(new).cpu()
             for prompt, states in zip(new, encoded, strict=True):
                 save_tensors(self.path(prompt), {"states": states}, {"prompt": prompt})
         return torch.stack([load_tensors(self.path(prompt))[0]["states"] for prompt in prompts])
@@ -128,5 +127,6 @@ class PromptCache:
     def path(self, prompt: str) -> Path:
         """The file of a prompt's states."""
         sizes = [(path.name, path.stat().st_size) for path in weights(self.encoder)]
-        about = json.dumps([prompt, self.length, read_config(self.encoder, "a T5 encoder"), sizes], sort_keys=True)
+        encoder = [read_config(self.encoder, "a T5 encoder"), sizes, str(self.dtype)]
+        about = json.dumps([prompt, self.length, *encoder], sort_keys=True)
         return self.folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"

@@ -108,6 +108,13 @@ class TrainConfig:
                 f"decides, got {self.parallel}, {self.codec}, {self.patch}, {self.bands}, {self.bins} and {self.groups}. Leave "
                 "them out."
             )
+        options = ("preset", "kind", "window", "denoiser")
+        own = {name: getattr(self, name) for name in options if getattr(self, name) != getattr(TrainConfig, name)}
+        if self.freeze_backbone and own:
+            raise ValueError(
+                f"freeze_backbone: expected no preset, kind, window or --no-denoiser, which the released model decides, got {own}. "
+                "Leave them out."
+            )
         if self.bins and not (self.kind == "frame-parallel" if self.bands is None else self.bands):
             raise ValueError(
                 f"bins: expected 0 for a shallow flow without bands, got {self.bins}. Choose bands (--bands) or leave it out."

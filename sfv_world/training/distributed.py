@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -100,13 +101,14 @@ class Group:
 
     def shard(self, model: nn.Module) -> None:
         """Cuts the weights of a model in place, one shard for each process; every layer is whole only while it is used."""
+        mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
         for module in model.modules():
             if isinstance(module, Layer):
-                fully_shard(module)
+                fully_shard(module, mesh=mesh)
         for module in model.modules():
             if isinstance(module, Denoiser):  # called on its own
-                fully_shard(module)
-        fully_shard(model)
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
 
     def whole(self, model: nn.Module) -> nn.Module:
         """A model with all its weights, on the first process; every process must ask, and the others get theirs back."""
