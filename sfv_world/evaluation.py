@@ -79,6 +79,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
     """The episodes of a recording that a world was trained on and those it was not, by the split of its own training run.
 
+    Episodes that were recorded later are neither; of a world that does not say how many episodes there were, there are none such.
+
     Raises:
         ValueError: if the world says nothing of its training, or the recording does not fit it.
     """
@@ -95,7 +97,7 @@ def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
             f"data: expected frames {expected[0]} and actions {expected[1]} as the world {world.name} has, got {found[0]} "
             f"and {found[1]}. Give the recording it was trained on."
         )
-    return episodes.split(run["held_out"], run["seed"])
+    return episodes.split(run["held_out"], run["seed"], run.get("episodes"))
 
 
 def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed: int) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class TrainConfig:
     """Parts of the loss."""
     held_out: float = 0.05
     """Part of the episodes that is never trained on."""
+    episodes: int | None = None
+    """How many episodes of the recording are used, the first ones: to train on and to hold out. None: all that there are when the
+    run begins; a resumed run leaves out those recorded later."""
     validate_minutes: float = 2.0
     """Minutes between validations, samples and checkpoints."""
     seed: int = 0

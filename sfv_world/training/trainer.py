@@ -58,7 +58,12 @@ class Trainer:
         if not config.resume:
             check_vacant(config.out, "codec or world", CODEC, CONFIG)
         episodes = load_episodes(config.data)
-        self.train, self.held_out = episodes.split(config.held_out, config.seed)
+        count = config.episodes
+        if count is None and config.resume:
+            count = self._progress()["config"].get("episodes")
+        self.config = config = replace(config, episodes=len(episodes) if count is None else count)
+        self.train, self.held_out = episodes.split(config.held_out, config.seed, config.episodes)
+        self.later = len(episodes) - len(self.train) - len(self.held_out)
         self.before: dict[str, int | float] | None = None
         self.model: Any = self._on_released(episodes) if config.freeze_backbone else self._of_own_weights(episodes)
         if (longest := self.held_out.lengths.max()) <= self._context:
@@ -150,8 +155,9 @@ class Trainer:
         writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step + 1) if first else None
         size = sum(parameter.numel() for parameter in self.model.parameters())
         if first:
+            later = f", {self.later} later ones left out" if self.later else ""
             print(
-                f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out"
+                f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out{later}"
             )
         bar = RunBar(config, self.step, self.elapsed, disable=not first)
         last_validation = self.elapsed
@@ -302,9 +308,13 @@ class Trainer:
         )
         return {name: value for name, value in config.items() if name not in free}
 
+    def _progress(self) -> dict[str, Any]:
+        """What the run that is resumed said of itself."""
+        return json.loads((self.config.out / STATE).read_text())
+
     def _load(self) -> None:
-        progress = json.loads((self.config.out / STATE).read_text())
-        before, now = progress["config"], self._identity()
+        progress, now = self._progress(), self._identity()
+        before = {"episodes": now["episodes"], **progress["config"]}  # runs begun earlier do not say
         if before != now:
             changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
             raise ValueError(
