@@ -154,6 +154,16 @@ def test_rows_that_must_live_on_are_drawn_anew_where_they_end(config):
         replace(config, survive=5, stop=True)
 
 
+def test_attempts_to_live_on_differ_after_a_restart_too(config):
+    world, _, _, begin = begun(config)
+    with torch.no_grad():  # as above
+        world.model.heads.mlp[-1].weight[0] = 0
+        world.model.heads.mlp[-1].bias[0] = np.log(0.1 / 0.9)
+    config = replace(config, frames=12, restart=4, survive=4)
+    kept, found = free_run(world, begin, replace(config, survive=None)), free_run(world, begin, config)
+    assert kept.terminated[:, 4:].any() and not found.terminated.any()
+
+
 def test_projected_frames_are_read_clean_and_noised_afresh(config):
     world, _, _, begin = begun(config)
     with torch.no_grad():  # a denoiser that shows every frame much brighter: its frames must be what is read
