@@ -17,6 +17,8 @@ from sfv_world.world import World, WorldState
 
 ATTEMPTS = 16
 """How often frames that an episode must live through are drawn anew."""
+NOISING = 2**62
+"""The bit by which the seed of what is added to a frame differs from that of what it was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,9 @@ def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
             state = world.reset(frames[rows, n - context : n], before, seeds, noised=noised)
         if config.project:
             _, output = cleaned.step(state[:], action)
+            seeds, state.seeds = state.seeds, state.seeds ^ NOISING  # or the frame's own noise would be added once more
             state, _ = world.observe(state, action, output.frames)
+            state.seeds = seeds
             shown = world.model.codec.frames(world.model.codec.decode(state.stream.tokens))
             output = output._replace(frames=shown)
         else:
