@@ -87,7 +87,8 @@ def decodings(world: World) -> dict[str, DecodingConfig]:
     if flow.kind == "frame-parallel" and flow.bands:
         return {"one pass a band": DecodingConfig()}
     ways = {SEQUENTIAL: DecodingConfig(block=1)}
-    ways |= {f"Jacobi from {draft}": DecodingConfig(draft=draft) for draft in get_args(Draft)}
+    drafts = [draft for draft in get_args(Draft) if draft != "learned" or world.model.flow.drafter is not None]
+    ways |= {f"Jacobi from {draft}": DecodingConfig(draft=draft) for draft in drafts}
     if world.decoding not in ways.values():
         ways["as calibrated"] = world.decoding
     return ways
