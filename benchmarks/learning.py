@@ -16,6 +16,7 @@ from speed import time_steps
 
 from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.evaluation import EvaluateConfig, density, rollouts, split_as_trained
+from sfv_world.given import set_threads
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.training.config import TrainConfig
@@ -130,8 +131,7 @@ def measure(folder: Path, config: LearningConfig) -> dict[str, Any]:
 
 def main(config: LearningConfig) -> None:
     """Trains, measures and writes."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     report = Report(config.out, config, config.device)
     rows: Rows = []
     for name in config.kinds:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.given import set_threads
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
 from sfv_world.world import World
@@ -222,8 +223,7 @@ def _verdict(reached: bool) -> str:
 
 def main(config: SpeedConfig) -> None:
     """Measures and writes."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     world = load_world(config.world, config.device, dtype=getattr(torch, config.dtype))
     if config.compile:
         world = world.compiled()

@@ -53,6 +53,11 @@ class EvaluateConfig:
     device: str = "cpu"
     """Where to compute."""
 
+    def __post_init__(self) -> None:
+        for name in ("clips", "rollouts", "context", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a world, prints and writes what was found, and returns it."""

@@ -99,6 +99,8 @@ class TrainConfig:
         check_length(self)
         if self.clip < 2:
             raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
+        if self.bands is not None and self.bands < 0:
+            raise ValueError(f"bands: expected none or at least 0, got {self.bands}.")
         if self.freeze_backbone and self.init is None:
             raise ValueError(
                 "freeze_backbone: expected the folder of a released model in init, got none. Give it (--init); "

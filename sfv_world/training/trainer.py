@@ -25,6 +25,7 @@ from sfv_world.checkpoint import CODEC, CONFIG, check_vacant, load_autoencoder, 
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
 from sfv_world.film import compare
+from sfv_world.given import set_threads
 from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
 from sfv_world.released.adapted import AdaptedModel
@@ -45,8 +46,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, group: Group = ALONE):
         group.share(config.batch)
         self.config, self.group = config, group
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        set_threads(config.threads)
         if config.resume != (config.out / STATE).exists():
             if config.resume:
                 raise ValueError(
