@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from gymnasium.vector.utils import batch_space
 from learning import VARIANTS, Variant, trained
 from report import Report, Rows, command, synchronise
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.data.clips import load_episodes
 from sfv_world.decoding.solver import DecodingConfig, Draft
+from sfv_world.given import set_threads
 from sfv_world.loading import load_world
 from sfv_world.training.config import TrainConfig
 from sfv_world.world import World
@@ -87,7 +87,8 @@ def decodings(world: World) -> dict[str, DecodingConfig]:
     if flow.kind == "frame-parallel" and flow.bands:
         return {"one pass a band": DecodingConfig()}
     ways = {SEQUENTIAL: DecodingConfig(block=1)}
-    ways |= {f"Jacobi from {draft}": DecodingConfig(draft=draft) for draft in get_args(Draft)}
+    drafts = [draft for draft in get_args(Draft) if draft != "learned" or world.model.flow.drafter is not None]
+    ways |= {f"Jacobi from {draft}": DecodingConfig(draft=draft) for draft in drafts}
     if world.decoding not in ways.values():
         ways["as calibrated"] = world.decoding
     return ways
@@ -186,8 +187,7 @@ def describe(world: World) -> dict[str, Any]:
 
 def main(config: DecodingBenchmarkConfig) -> None:
     """Trains, decodes and writes."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     report = Report(config.out, config, config.device)
     runs: dict[str, TrainConfig | None] = dict.fromkeys(config.worlds)
     if config.data is not None:

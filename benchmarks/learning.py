@@ -15,8 +15,8 @@ from report import Report, Rows, command
 from speed import time_steps
 
 from sfv_world.calibrate import CalibrateConfig, calibrate
-from sfv_world.data.clips import load_episodes
-from sfv_world.evaluation import EvaluateConfig, density, rollouts
+from sfv_world.evaluation import EvaluateConfig, density, rollouts, split_as_trained
+from sfv_world.given import set_threads
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.training.config import TrainConfig
@@ -105,7 +105,7 @@ def measure(folder: Path, config: LearningConfig) -> dict[str, Any]:
     """A trained world's row of the table: what it learned, and what a step costs, decoding as calibrated for the device."""
     calibrate(CalibrateConfig(str(folder), min(20, config.steps), device=config.device))
     world = load_world(folder, config.device)
-    train, held_out = load_episodes(config.data).split(config.held_out, config.seed)
+    train, held_out = split_as_trained(world, config.data)
     evaluation = EvaluateConfig(
         world=str(folder),
         data=config.data,
@@ -131,8 +131,7 @@ def measure(folder: Path, config: LearningConfig) -> dict[str, Any]:
 
 def main(config: LearningConfig) -> None:
     """Trains, measures and writes."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     report = Report(config.out, config, config.device)
     rows: Rows = []
     for name in config.kinds:

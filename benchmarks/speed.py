@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.given import set_threads
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
 from sfv_world.world import World
@@ -228,8 +229,7 @@ def load(config: SpeedConfig) -> World:
 
 def main(config: SpeedConfig) -> None:
     """Measures and writes."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     plain = load(config)
     world = load(config).recorded() if config.record else plain
     device = world.device.type

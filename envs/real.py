@@ -121,7 +121,7 @@ def make_real(
         if frame_skip > 1:
             env = RepeatAction(env, frame_skip)
         if image_key(env.observation_space) is None:
-            env = AddRenderObservation(env)
+            env = _showing(env_id, env)
     env = ResizeObservation(_image(env), (size, size))
     if env.observation_space.shape != (size, size, 3):
         rgb = spaces.Box(0, 255, (size, size, 3), np.uint8)
@@ -165,6 +165,16 @@ def _rendered(env_id: str, recipe: Recipe) -> gym.Env[Any, Any]:
         )
     env.close()
     return _make(env_id, recipe, render_mode="rgb_array")
+
+
+def _showing(env_id: str, env: gym.Env[Any, Any]) -> gym.Env[np.ndarray, Any]:
+    """Makes what is rendered the observation; some find out only now that they lack the package to render with."""
+    try:
+        return AddRenderObservation(env)
+    except gym.error.Error as error:
+        raise ValueError(
+            f"env_id: expected an environment that can be rendered here, got {env_id!r} ({error}). Install what it needs."
+        ) from error
 
 
 def _register_doom(env_id: str) -> None:

@@ -65,7 +65,8 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         render_mode: None or "rgb_array".
         max_episode_steps: steps after which a row is truncated; none: never.
         autoreset_mode: when a row that ended begins anew: at the next step (default), at the same step (its last frame and info
-            are then in `info["final_obs"]` and `info["final_info"]`), or only when `reset` is called for it.
+            are then in `info["final_obs"]` and `info["final_info"]`), or only when `reset` is called for it ("Disabled"; so it
+            must be where the world has no start frames).
         output: "numpy" arrays, or "torch" tensors that stay on the world's device (observations, rewards, terminations,
             truncations and infos). On a GPU, a step then returns before it is computed, unless rows that end are to begin anew
             in the same step; which rows ended, and warnings, are taken in by the step after it. Actions and options may be
@@ -102,6 +103,11 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self.num_envs, self.render_mode, self.output = num_envs, render_mode, output
         self.max_episode_steps = max_episode_steps
         self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if self.world.starts is None and self.autoreset_mode is not AutoresetMode.DISABLED:
+            raise ValueError(
+                f"autoreset_mode: expected 'Disabled' for {self.world.name}, which has no start frames to begin rows at, "
+                f"got {self.autoreset_mode.value!r}. Disable it, and reset rows that ended to frames (reset_mask)."
+            )
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps, "autoreset_mode": self.autoreset_mode}
         self.single_observation_space = spaces.Box(0, 255, self.world.observation_shape, np.uint8)
         self.single_action_space = copy.deepcopy(self.world.action_space)

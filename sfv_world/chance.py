@@ -36,7 +36,10 @@ def noise_of_observed(
     frame: tuple[int, ...],
     signal: tuple[int, ...],
 ) -> tuple[Float[np.ndarray, "b t height width 3"], Float[np.ndarray, "b t h w k"]]:
-    """(uniform, normal): what is added to so many observed frames and their signals, the first of each row numbered `ages`."""
+    """(uniform, normal): what is added to so many observed frames and their signals, the first of each row numbered `ages`.
+
+    The normal numbers are those of `noise`: a frame is imagined or observed. Who observes what was imagined takes other seeds.
+    """
     uniform = np.empty((len(seeds), steps, *frame), np.float32)
     normal = np.empty((len(seeds), steps, *signal), np.float32)
 

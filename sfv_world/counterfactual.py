@@ -84,7 +84,7 @@ def replay(world: World, abduction: Abduction, actions: Actions) -> Iterator[Wor
         What the world says of each frame, in turn.
 
     Raises:
-        ValueError: if the noise is another world's, decoding is guided, or the actions are not of the space.
+        ValueError: if the noise is another world's, decoding is guided or looks ahead, or the actions are not of the space.
     """
     if abduction.world != world.checksum:
         raise ValueError(
@@ -95,6 +95,11 @@ def replay(world: World, abduction: Abduction, actions: Actions) -> Iterator[Wor
         raise ValueError(
             f"guidance: expected 0, got {world.decoding.guidance}. Guided frames are made of other fields than those that the "
             "noise was abducted with: replay without guidance."
+        )
+    if world.decoding.denoise == "lookahead":
+        raise ValueError(
+            "denoise: expected 'none' or 'causal', got 'lookahead'. Look-ahead tells of every frame one step later, and of "
+            "the last one never: abduct and replay without it."
         )
     if actions is not None:
         flatten_actions(world.action_space, actions, tuple(abduction.noise.shape[:2]))

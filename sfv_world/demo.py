@@ -41,6 +41,11 @@ class DemoConfig:
     device: str = "cpu"
     """Where to compute."""
 
+    def __post_init__(self) -> None:
+        for name in ("episodes", "frames", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
 
 def demo(config: DemoConfig) -> Path:
     """Steps a world through `gym.make`, prints what it says of each frame, and writes a film and a contact sheet.
@@ -53,7 +58,7 @@ def demo(config: DemoConfig) -> Path:
     world = load_world(config.world, config.device, released=False)
     denoise = "lookahead" if world.model.denoiser else "none"
     env = gym.make("sfv_world/World-v0", world=world, denoise=denoise)
-    recipe = world.about["data"].get("recipe", {"env": None, "frame_skip": 1, "hold": CollectConfig.hold})
+    recipe = world.about.get("data", {}).get("recipe", {"env": None, "frame_skip": 1, "hold": CollectConfig.hold})
     name, (height, width, _) = config.env or recipe["env"], world.frame_shape
     if name is None:
         raise ValueError(

@@ -53,6 +53,11 @@ class EvaluateConfig:
     device: str = "cpu"
     """Where to compute."""
 
+    def __post_init__(self) -> None:
+        for name in ("clips", "rollouts", "context", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a world, prints and writes what was found, and returns it."""
@@ -79,6 +84,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
     """The episodes of a recording that a world was trained on and those it was not, by the split of its own training run.
 
+    Episodes that were recorded later are neither; of a world that does not say how many episodes there were, there are none such.
+
     Raises:
         ValueError: if the world says nothing of its training, or the recording does not fit it.
     """
@@ -95,7 +102,7 @@ def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
             f"data: expected frames {expected[0]} and actions {expected[1]} as the world {world.name} has, got {found[0]} "
             f"and {found[1]}. Give the recording it was trained on."
         )
-    return episodes.split(run["held_out"], run["seed"])
+    return episodes.split(run["held_out"], run["seed"], run.get("episodes"))
 
 
 def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed: int) -> dict[str, Any]:

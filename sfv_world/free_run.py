@@ -17,6 +17,8 @@ from sfv_world.world import World, WorldState
 
 ATTEMPTS = 16
 """How often frames that an episode must live through are drawn anew."""
+NOISING = 2**62
+"""The bit by which the seed of what is added to a frame differs from that of what it was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,14 @@ def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
         past = take(begin.actions, np.s_[rows, n : n + context])
         before, action = take(past, np.s_[:, :-1]), take(past, np.s_[:, -1])
         if config.restart and n and n % config.restart == 0:
-            seeds = _seeds(config, len(begin.frames), n // config.restart)[rows]  # or all chunks were of the same noise
+            seeds = state.seeds + len(begin.frames)  # or all chunks were of the same noise
             noised = world.model.codec.shows_noise
             state = world.reset(frames[rows, n - context : n], before, seeds, noised=noised)
         if config.project:
             _, output = cleaned.step(state[:], action)
+            seeds, state.seeds = state.seeds, state.seeds ^ NOISING  # or the frame's own noise would be added once more
             state, _ = world.observe(state, action, output.frames)
+            state.seeds = seeds
             shown = world.model.codec.frames(world.model.codec.decode(state.stream.tokens))
             output = output._replace(frames=shown)
         else:
@@ -166,7 +170,8 @@ def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
         return state
 
     everyone = np.arange(rows)
-    state = mark = world.reset(begin.frames, take(begin.actions, np.s_[:, : context - 1]), _seeds(config, rows, 0))
+    seeds = config.seed * 1_000_000_007 + everyone
+    state = mark = world.reset(begin.frames, take(begin.actions, np.s_[:, : context - 1]), seeds)
     for n in tqdm(range(config.frames), desc="imagining", unit="frame"):
         if config.survive and n % config.survive == 0:
             mark = state[:]
@@ -186,8 +191,3 @@ def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
             frames[:, n + 1 :] = frames[:, n : n + 1]
             break
     return Rollout(frames, bits, terminated, float(certificate.max()))
-
-
-def _seeds(config: HorizonConfig, rows: int, chunk: int) -> Int[np.ndarray, "b"]:
-    """Seeds of all rows after a number of restarts, all different."""
-    return config.seed * 1_000_000_007 + chunk * rows + np.arange(rows)

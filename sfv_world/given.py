@@ -27,6 +27,19 @@ def given_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
+def set_threads(count: int | None) -> None:
+    """Has torch compute with so many CPU threads; none: with as many as it chose.
+
+    Raises:
+        ValueError: if it is less than one.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise ValueError(f"threads: expected none or at least 1, got {count}.")
+    torch.set_num_threads(count)
+
+
 def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.device) -> UInt8[Tensor, "..."]:
     """Frames as a tensor on `device`; `lead` names the dimensions before those of `shape`, as in "(B, K".
 

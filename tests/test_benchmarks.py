@@ -70,7 +70,7 @@ def test_speed_of_recorded_steps(benchmark, build_world):
 
 
 def test_decoding(benchmark, recording):
-    kinds = ("--grids", 2, "--kinds", "autoregressive", "frame-parallel")
+    kinds = ("--grids", 2, "--kinds", "autoregressive", "frame-parallel-raster", "frame-parallel")
     sizes = ("--train-steps", 2, "--frames", 1, "--held-out", 0.4)
     out, found = benchmark("decoding", "--data", recording, *kinds, *sizes)
     rows = {row["decoding"]: row for row in found["autoregressive-4"]["rows"]}
@@ -78,6 +78,10 @@ def test_decoding(benchmark, recording):
     assert all(row["distance_to_sequential"] < 1e-2 and row["largest_certificate"] < 1e-3 for row in rows.values())
     assert found["autoregressive-4"]["trained_steps"] == 2 and "trained 2 steps on 16 frames" in out
     assert found["frame-parallel-4"]["rows"][0]["deep_passes"] == 1
+    ways = [
+        {row["decoding"] for row in found[f"{kind}-4"]["rows"]} for kind in ("autoregressive", "frame-parallel-raster")
+    ]
+    assert ways[0] - ways[1] == {"Jacobi from learned"} and ways[1] > {"sequential", "Jacobi from fields"}
 
 
 def test_decoding_says_what_a_grid_must_be(benchmark, recording, capsys):

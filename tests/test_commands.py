@@ -2,9 +2,11 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,10 +20,14 @@ from gymnasium.wrappers import TransformAction
 from pydantic import TypeAdapter
 
 from sfv_world.card import train_options
+from sfv_world.data.collect import CollectConfig
 from sfv_world.demo import DemoConfig, demo
+from sfv_world.evaluation import EvaluateConfig
 from sfv_world.given import given_device
+from sfv_world.training.codec import TrainCodecConfig, train_codec
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import ObjectiveConfig
+from sfv_world.training.trainer import train
 
 
 def run(*arguments, cwd, ok=True):
@@ -116,6 +122,19 @@ def test_demo_shows_any_world_beside_the_environment_it_is_given(acted, tmp_path
         assert sum(1 for _ in film.decode(video=0)) == 4
 
 
+def test_demo_asks_for_the_environment_where_a_world_says_nothing_of_its_data(build_world, tmp_path):
+    folder = shutil.copytree(build_world(), tmp_path / "world")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "about": {}}))
+    with pytest.raises(ValueError, match=r"env: expected a real environment.*Give its id \(--env\)"):
+        demo(DemoConfig(str(folder), tmp_path))
+
+
+evaluation = partial(EvaluateConfig, "world", Path("data"))
+recording = partial(CollectConfig, "doom-basic", Path("data"))
+training = partial(TrainConfig, Path("data"), Path("world"), steps=1, device="cpu")
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -134,6 +153,38 @@ def test_mistakes_are_one_line(world, arguments, said):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"sfv-world: {said}")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (evaluation, {"rollouts": 0}, "rollouts: expected at least 1, got 0"),
+        (evaluation, {"clips": 0}, "clips: expected at least 1, got 0"),
+        (evaluation, {"context": 0}, "context: expected at least 1, got 0"),
+        (evaluation, {"frames": 0}, "frames: expected at least 1, got 0"),
+        (DemoConfig, {"frames": 0}, "frames: expected at least 1, got 0"),
+        (DemoConfig, {"episodes": 0}, "episodes: expected at least 1, got 0"),
+        (DemoConfig, {"context": 0}, "context: expected at least 1, got 0"),
+        (recording, {"max_episode_steps": 0}, "max_episode_steps: expected none or at least 1, got 0"),
+        (recording, {"frames_per_write": 0}, "frames_per_write: expected at least 1, got 0"),
+        (training, {"bands": -1}, "bands: expected none or at least 0, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_told(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_are_counted_from_one(threads, tmp_path):
+    before = torch.get_num_threads()
+    for run, config in (
+        (train, replace(training(threads=threads), out=tmp_path)),
+        (train_codec, TrainCodecConfig(tmp_path, tmp_path, steps=1, device="cpu", threads=threads)),
+    ):
+        with pytest.raises(ValueError, match=f"threads: expected none or at least 1, got {threads}"):
+            run(config)
+    assert torch.get_num_threads() == before
 
 
 def test_devices_are_those_of_the_machine(monkeypatch):

@@ -147,6 +147,9 @@ def test_another_worlds_noise_and_wrong_actions_are_refused(abduction, tiny_worl
     guided = World(tiny_world.model, replace(tiny_world.decoding, guidance=0.5))
     with pytest.raises(ValueError, match="guidance: expected 0, got 0.5. .*replay without guidance"):
         replay(guided, abduction, ACTIONS[:, CONTEXT - 1 :])
+    ahead = World(tiny_world.model, replace(tiny_world.decoding, denoise="lookahead"))
+    with pytest.raises(ValueError, match="denoise: expected 'none' or 'causal', got 'lookahead'. .*one step later"):
+        replay(ahead, ahead.abduct(VIDEO, ACTIONS, SEEDS, CONTEXT), ACTIONS[:, CONTEXT - 1 :])
 
 
 # The command

@@ -341,6 +341,10 @@ def test_split_divides_whole_episodes() -> None:
             assert part.repeated[end - 1] and part.terminations[end - 1]
     assert_same(train, data.split(0.3, seed=1)[0])
     assert [len(part) for part in data.split(0.001)] == [9, 1] and [len(part) for part in data.split(0.999)] == [1, 9]
+    for mine, theirs in zip(data.split(0.3, 1, 5), made([3, 5, 2, 7, 4]).split(0.3, 1), strict=True):
+        assert_same(mine, theirs)  # those after the first five are on no side
+    with pytest.raises(ValueError, match="episodes: expected at least 11, the first of which are split, got 10"):
+        data.split(0.3, 1, 11)
     for fraction, episodes in ((0.0, data), (1.0, data), (0.5, made([4]))):
         with pytest.raises(ValueError, match="fraction|at least 2"):
             episodes.split(fraction)

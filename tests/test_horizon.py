@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sfv_world import load_world
+from sfv_world.chance import noise_of_observed
 from sfv_world.checkpoint import save_model
 from sfv_world.cli import main
 from sfv_world.drift import colour_and_contrast, judged_imagined, squared_error, ssim, train_judge, typicality
@@ -152,6 +153,31 @@ def test_rows_that_must_live_on_are_drawn_anew_where_they_end(config):
         assert same == 12 or not np.array_equal(found.frames[row, same], kept.frames[row, same])
     with pytest.raises(ValueError, match="survive: expected none or at least 1, without stop, got 5 and stop True"):
         replace(config, survive=5, stop=True)
+
+
+def test_attempts_to_live_on_differ_after_a_restart_too(config):
+    world, _, _, begin = begun(config)
+    with torch.no_grad():  # as above
+        world.model.heads.mlp[-1].weight[0] = 0
+        world.model.heads.mlp[-1].bias[0] = np.log(0.1 / 0.9)
+    config = replace(config, frames=12, restart=4, survive=4)
+    kept, found = free_run(world, begin, replace(config, survive=None)), free_run(world, begin, config)
+    assert kept.terminated[:, 4:].any() and not found.terminated.any()
+
+
+def test_noise_of_projected_frames_is_not_what_they_were_drawn_from(config):
+    world, _, _, begin = begun(config)
+    seeds = 3 * 1_000_000_007 + np.arange(4)
+    state = world.reset(begin.frames, begin.actions[:, :3], seeds)
+    drawn = noise_of_observed(seeds, state.ages, 1, world.frame_shape, world.frame_shape)[1][:, 0]
+    world.decoding = replace(world.decoding, denoise="causal")
+    clean = world.step(state, begin.actions[:, 3])[1].frames.numpy().astype(float)
+    world.decoding = replace(world.decoding, denoise="none")
+    found = free_run(world, begin, replace(config, frames=1, project=True)).frames[:, 0]
+    inside = (clean > 40) & (clean < 215)
+    added = (found - clean)[inside]
+    assert inside.sum() > 1000 and abs(added.std() - 0.05 * 127.5) < 0.5
+    assert abs(np.corrcoef(added, drawn[inside])[0, 1]) < 0.1
 
 
 def test_projected_frames_are_read_clean_and_noised_afresh(config):

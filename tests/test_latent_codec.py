@@ -344,6 +344,8 @@ def test_folders_that_hold_no_codec(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"base": 0}, "base: expected a multiple of"),
+        ({"base": -16}, "base: expected a multiple of"),
         ({"space": 3}, "space: expected a power of two from 2 on, got 3"),
         ({"space": 16, "height": 40}, "space: expected a divisor of height and width, got 16 for frames of 40 x 24"),
         ({"base": 20}, "base: expected a multiple of 16.*got 20"),

@@ -177,6 +177,9 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         make_real("CartPole-v1", render_mode="human")
     with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
         make_real("CartPole-v1", size=0)
+    monkeypatch.setitem(__import__("sys").modules, "pygame", None)
+    with pytest.raises(ValueError, match="env_id: expected .* rendered here, got 'CartPole-v1'.*pygame.*pip install"):
+        make_real("CartPole-v1")
     monkeypatch.setitem(__import__("sys").modules, "vizdoom.gymnasium_wrapper", None)
     with pytest.raises(ValueError, match=r"vizdoom.*pip install -e \"\.\[doom\]\""):
         make_real("doom-basic")

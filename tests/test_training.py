@@ -1,16 +1,20 @@
 """Training: it learns, resumes exactly, and a run that goes wrong leaves the last good checkpoint."""
 
+import json
 from dataclasses import replace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from recorded import record
+from recorded import LENGTHS, record
 from tiny import normal
 
 from sfv_world.checkpoint import MODEL, load_model, load_tensors
 from sfv_world.data.collect import CollectConfig, collect
+from sfv_world.evaluation import split_as_trained
+from sfv_world.loading import load_world
 from sfv_world.training import trainer
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import ObjectiveConfig
@@ -215,6 +219,30 @@ def test_short_episodes_of_any_actions_can_be_learned(config, tmp_path):
     shortest = record(tmp_path / "shortest", spaces.Discrete(3), lengths=(4,) * 6)
     with pytest.raises(ValueError, match=r"data: expected a held-out episode of more than 4 frames.*got at most 4"):
         Trainer(replace(config, data=shortest, out=tmp_path / "none"))
+
+
+def test_a_recording_that_goes_on_is_split_as_it_was(config, tmp_path, capsys):
+    actions = spaces.Discrete(3)
+    short, then, now = (record(tmp_path / str(n), actions, LENGTHS[:n]) for n in (4, 6, 8))
+    began = Trainer(replace(config, data=then, steps=1))
+    began.run()
+    on = Trainer(replace(config, data=now, steps=2, resume=True))
+    on.run()
+    assert "2 later ones left out" in capsys.readouterr().out
+    found = split_as_trained(load_world(config.out), now)
+    for before, *after in zip((began.train, began.held_out), (on.train, on.held_out), found, strict=True):
+        assert all(np.array_equal(part.frames, before.frames) for part in after)
+    with pytest.raises(ValueError, match="episodes: expected at least 6, the first of which are split, got 4"):
+        split_as_trained(load_world(config.out), short)
+    with pytest.raises(ValueError, match="episodes: expected at least 6, the first of which are split, got 4"):
+        Trainer(replace(config, data=short, steps=3, resume=True))
+    with pytest.raises(ValueError, match=r"expected the configuration of the run.*'episodes': \(6, 8\)"):
+        Trainer(replace(config, data=now, steps=3, resume=True, episodes=8))
+    path = config.out / STATE  # a run that says nothing of it is split as the recording is
+    told = json.loads(path.read_text())
+    del told["config"]["episodes"]
+    path.write_text(json.dumps(told))
+    assert len(Trainer(replace(config, data=now, steps=3, resume=True)).train) == 6
 
 
 def test_mistakes_are_told(config):

@@ -12,6 +12,7 @@ from tiny import elsewhere
 import sfv_world
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.envs.world_env import WorldEnv
+from sfv_world.world import World
 
 ROWS = 3
 
@@ -241,6 +242,23 @@ def test_a_reset_that_fails_changes_nothing(tiny_world, seed, options, message):
     for theirs, ours in zip(expected, play(envs, 6), strict=True):
         np.testing.assert_array_equal(ours[0], theirs[0])
         np.testing.assert_array_equal(ours[4]["log_likelihood"], theirs[4]["log_likelihood"])
+
+
+def test_rows_without_start_frames_are_reset_by_hand(tiny_world):
+    world = World(tiny_world.model)
+    for mode in ("NextStep", "SameStep"):
+        with pytest.raises(ValueError, match=f"autoreset_mode: expected 'Disabled' .*no start frames.*, got '{mode}'"):
+            WorldVectorEnv(ROWS, world=world, autoreset_mode=mode)
+    envs = WorldVectorEnv(ROWS, world=world, max_episode_steps=2, autoreset_mode="Disabled")
+    envs.reset(seed=0, options={"frames": FRAMES})
+    for _ in range(2):
+        ended = np.zeros(ROWS, bool)
+        while not ended.all():
+            terminated, truncated = envs.step(np.zeros(ROWS, int))[2:4]
+            ended = terminated | truncated
+            if ended.any():
+                frames = envs.reset(options={"frames": FRAMES, "reset_mask": ended})[0]
+                np.testing.assert_array_equal(frames[ended], FRAMES[ended, -1])
 
 
 def test_mistakes_are_told_before_anything_changes(tiny_world):

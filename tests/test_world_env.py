@@ -346,6 +346,7 @@ def test_one_observed_frame_is_enough(env):
     [
         ({"render_mode": "ansi"}, "render_mode: expected None, 'human' or 'rgb_array', got 'ansi'"),
         ({"device": "meta"}, "device: expected cpu, where the world is, got meta"),
+        ({"device": "cpu:1"}, "device: expected cpu, where the world is, got cpu:1"),
         ({"temperature": -1.0}, "temperature: expected at least 0, got -1"),
         ({"max_sweeps": 0}, "max_sweeps: expected None or at least 1, got 0"),
     ],
@@ -353,6 +354,12 @@ def test_one_observed_frame_is_enough(env):
 def test_bad_arguments_are_told(tiny_world, kwargs, message):
     with pytest.raises(ValueError, match=message):
         WorldEnv(tiny_world, **kwargs)
+
+
+@ONE_KIND
+def test_the_device_where_the_world_is_may_be_named(tiny_world):
+    for device in (None, "cpu", "cpu:0", torch.device("cpu")):
+        assert WorldEnv(tiny_world, device=device).world.device == torch.device("cpu")
 
 
 @ONE_KIND

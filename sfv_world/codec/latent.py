@@ -48,7 +48,7 @@ class AutoencoderConfig:
         if self.height % self.space or self.width % self.space:
             size = f"{self.height} x {self.width}"
             raise ValueError(f"space: expected a divisor of height and width, got {self.space} for frames of {size}.")
-        if self.base % (8 * self.space // 2):
+        if self.base < 1 or self.base % (8 * self.space // 2):
             raise ValueError(
                 f"base: expected a multiple of {8 * self.space // 2}, so that the finest stage has eight channels or more, "
                 f"got {self.base}."

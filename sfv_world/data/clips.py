@@ -89,25 +89,32 @@ class Episodes:
             metadata=self.metadata,
         )
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[Episodes, Episodes]:
+    def split(self, fraction: float, seed: int = 0, count: int | None = None) -> tuple[Episodes, Episodes]:
         """Splits whole episodes at random into those to train on and those held out.
 
         Args:
             fraction: part of the episodes that is held out, in (0, 1); each side has at least one episode.
             seed: seed of the choice.
+            count: how many episodes are split, the first ones; later ones are on neither side. None: all.
 
         Returns:
             The training episodes and the held-out ones, both in their recorded order.
 
         Raises:
-            ValueError: if there are fewer than two episodes or the fraction is out of range.
+            ValueError: if there are fewer than two episodes or than `count`, or the fraction is out of range.
         """
         if not 0 < fraction < 1:
             raise ValueError(f"fraction: expected a number between 0 and 1, got {fraction}.")
-        if len(self) < 2:
-            raise ValueError(f"episodes: expected at least 2 to split, got {len(self)}. Record more frames.")
-        order = np.random.default_rng(seed).permutation(len(self))
-        held_out = int(np.clip(round(fraction * len(self)), 1, len(self) - 1))
+        count = len(self) if count is None else count
+        if count < 2:
+            raise ValueError(f"episodes: expected at least 2 to split, got {count}. Record more frames.")
+        if len(self) < count:
+            raise ValueError(
+                f"episodes: expected at least {count}, the first of which are split, got {len(self)}. Give the whole recording, or "
+                "continue it with `sfv-world collect`."
+            )
+        order = np.random.default_rng(seed).permutation(count)
+        held_out = int(np.clip(round(fraction * count), 1, count - 1))
         return self.select(np.sort(order[held_out:])), self.select(np.sort(order[:held_out]))
 
 

@@ -64,6 +64,12 @@ class CollectConfig:
     frames_per_write: int = 4096
     """Frames kept in memory between writes; a killed run loses at most these and the episode in progress."""
 
+    def __post_init__(self) -> None:
+        if self.frames_per_write < 1:
+            raise ValueError(f"frames_per_write: expected at least 1, got {self.frames_per_write}.")
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps: expected none or at least 1, got {self.max_episode_steps}.")
+
     def recipe(self) -> dict[str, Any]:
         """Everything that decides what an episode holds; kept in the dataset's metadata."""
         recipe = {key: value for key, value in asdict(self).items() if key not in ("out", "frames", "frames_per_write")}
@@ -83,8 +89,6 @@ def collect(config: CollectConfig) -> Path:
         ValueError: if the folder holds something else, or the environment or the policy does not exist.
     """
     config = replace(config, out=config.out.resolve())  # Minari joins relative paths twice
-    if config.frames_per_write < 1:
-        raise ValueError(f"frames_per_write: expected at least 1, got {config.frames_per_write}.")
     env = make_real(config.env, size=config.size, frame_skip=config.frame_skip)
     try:
         policy = load_policy(config.policy, env, hold=config.hold)

@@ -24,7 +24,7 @@ from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.data.clips import load_episodes
 from sfv_world.film import write_image
-from sfv_world.given import given_device
+from sfv_world.given import given_device, set_threads
 from sfv_world.training.schedule import RunBar, check_length, moving_average, progress, rate
 
 
@@ -81,8 +81,7 @@ class CodecTrainer:
     def __init__(self, config: TrainCodecConfig):
         self.config = config
         given_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        set_threads(config.threads)
         check_vacant(config.out, "codec or world", CODEC, CONFIG)
         episodes = load_episodes(config.data)
         self.train, self.held_out = episodes.split(config.held_out, config.seed)

@@ -81,6 +81,9 @@ class TrainConfig:
     """Parts of the loss."""
     held_out: float = 0.05
     """Part of the episodes that is never trained on."""
+    episodes: int | None = None
+    """How many episodes of the recording are used, the first ones: to train on and to hold out. None: all that there are when the
+    run begins; a resumed run leaves out those recorded later."""
     validate_minutes: float = 2.0
     """Minutes between validations, samples and checkpoints."""
     seed: int = 0
@@ -96,6 +99,8 @@ class TrainConfig:
         check_length(self)
         if self.clip < 2:
             raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
+        if self.bands is not None and self.bands < 0:
+            raise ValueError(f"bands: expected none or at least 0, got {self.bands}.")
         if self.freeze_backbone and self.init is None:
             raise ValueError(
                 "freeze_backbone: expected the folder of a released model in init, got none. Give it (--init); "

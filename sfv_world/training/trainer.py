@@ -25,6 +25,7 @@ from sfv_world.checkpoint import CODEC, CONFIG, check_vacant, load_autoencoder, 
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
 from sfv_world.film import compare
+from sfv_world.given import set_threads
 from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
 from sfv_world.released.adapted import AdaptedModel
@@ -45,8 +46,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, group: Group = ALONE):
         group.share(config.batch)
         self.config, self.group = config, group
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        set_threads(config.threads)
         if config.resume != (config.out / STATE).exists():
             if config.resume:
                 raise ValueError(
@@ -58,7 +58,12 @@ class Trainer:
         if not config.resume:
             check_vacant(config.out, "codec or world", CODEC, CONFIG)
         episodes = load_episodes(config.data)
-        self.train, self.held_out = episodes.split(config.held_out, config.seed)
+        count = config.episodes
+        if count is None and config.resume:
+            count = self._progress()["config"].get("episodes")
+        self.config = config = replace(config, episodes=len(episodes) if count is None else count)
+        self.train, self.held_out = episodes.split(config.held_out, config.seed, config.episodes)
+        self.later = len(episodes) - len(self.train) - len(self.held_out)
         self.before: dict[str, int | float] | None = None
         self.model: Any = self._on_released(episodes) if config.freeze_backbone else self._of_own_weights(episodes)
         if (longest := self.held_out.lengths.max()) <= self._context:
@@ -150,8 +155,9 @@ class Trainer:
         writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step + 1) if first else None
         size = sum(parameter.numel() for parameter in self.model.parameters())
         if first:
+            later = f", {self.later} later ones left out" if self.later else ""
             print(
-                f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out"
+                f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out{later}"
             )
         bar = RunBar(config, self.step, self.elapsed, disable=not first)
         last_validation = self.elapsed
@@ -302,9 +308,13 @@ class Trainer:
         )
         return {name: value for name, value in config.items() if name not in free}
 
+    def _progress(self) -> dict[str, Any]:
+        """What the run that is resumed said of itself."""
+        return json.loads((self.config.out / STATE).read_text())
+
     def _load(self) -> None:
-        progress = json.loads((self.config.out / STATE).read_text())
-        before, now = progress["config"], self._identity()
+        progress, now = self._progress(), self._identity()
+        before = {"episodes": now["episodes"], **progress["config"]}  # runs begun earlier do not say
         if before != now:
             changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
             raise ValueError(
