@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.data.clips import load_episodes
 from sfv_world.decoding.solver import DecodingConfig, Draft
-from sfv_world.given import set_threads
+from sfv_world.given import DEVICE, set_threads
 from sfv_world.loading import load_world
 from sfv_world.training.config import TrainConfig
 from sfv_world.world import World
@@ -66,7 +66,7 @@ class DecodingBenchmarkConfig:
     """Seed of the runs, the noise and the actions."""
     threads: int | None = None
     """CPU threads; none: torch's choice."""
-    device: str = "cpu"
+    device: str = DEVICE
     """Where to train and decode."""
     folder: Path = Path("out/decoding")
     """Folder of the fresh worlds."""

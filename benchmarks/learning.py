@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from report import Report, Rows, command
 from speed import time_steps
 
 from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.evaluation import EvaluateConfig, density, rollouts, split_as_trained
-from sfv_world.given import set_threads
+from sfv_world.given import DEVICE, set_threads
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.training.config import TrainConfig
@@ -76,7 +75,7 @@ class LearningConfig:
     """Seed of the runs and of all measurements."""
     threads: int | None = None
     """CPU threads; none: torch's choice."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
     """Where to train and step."""
     worlds: Path = Path("out/learning")
     """Folder of the worlds that are trained."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.envs.vector_env import WorldVectorEnv
-from sfv_world.given import set_threads
+from sfv_world.given import DEVICE, set_threads
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
 from sfv_world.world import World
@@ -56,7 +56,7 @@ class SpeedConfig:
     """Whether to compile the world first (`World.compiled`)."""
     record: bool = False
     """Whether to record its steps as CUDA graphs (`World.recorded`)."""
-    device: str = "cpu"
+    device: str = DEVICE
     """Where to step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the Transformers' layers compute in."""

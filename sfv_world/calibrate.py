@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sfv_world.checkpoint import DECODING, replacing
 from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.given import DEVICE
 from sfv_world.loading import calibrated, load_world
 from sfv_world.world import World
 
@@ -31,7 +32,7 @@ class CalibrateConfig:
     """Steps that are timed for each size."""
     rows: int = 1
     """Rows stepped together."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
     """The device to calibrate for."""
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Actions, take
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import long_clips, write_image, write_video
+from sfv_world.given import DEVICE
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput
 from sfv_world.world import Abduction, World
@@ -56,7 +57,7 @@ class CounterfactualConfig:
     """Clips of held-out episodes."""
     seed: int = 0
     """Seed of the choice of clips, of the noise added to them and of random actions."""
-    device: str = "cpu"
+    device: str = DEVICE
     """Where to compute."""
 
     def __post_init__(self) -> None:

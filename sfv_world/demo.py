@@ -16,6 +16,7 @@ from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
 from sfv_world.film import write_image, write_video
+from sfv_world.given import DEVICE
 from sfv_world.loading import load_world
 
 
@@ -38,7 +39,7 @@ class DemoConfig:
     """Real frames the world observes first."""
     seed: int = 1
     """Seed of the real game, its random actions and the world."""
-    device: str = "cpu"
+    device: str = DEVICE
     """Where to compute."""
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from sfv_world.data.clips import Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
+from sfv_world.given import DEVICE
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.training.objective import Batch
@@ -50,7 +51,7 @@ class EvaluateConfig:
     """Seed of the choice of clips and of all noise."""
     out: Path | None = None
     """Folder for results, card and pictures; none: the world's own."""
-    device: str = "cpu"
+    device: str = DEVICE
     """Where to compute."""
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from sfv_world.data.clips import Actions, Episodes, take
+from sfv_world.given import DEVICE
 from sfv_world.world import World, WorldState
 
 ATTEMPTS = 16
@@ -53,7 +54,7 @@ class HorizonConfig:
     """Held-out frames whose bits per dimension say what is typical, at least."""
     seed: int = 0
     """Seed of everything random."""
-    device: str = "cpu"
+    device: str = DEVICE
     """Where to compute."""
 
     def __post_init__(self) -> None:

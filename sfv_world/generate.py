@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
+from sfv_world.given import DEVICE
 from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
 from sfv_world.released.config import ReleasedConfig
@@ -69,7 +70,7 @@ class GenerateConfig:
     """Folder where states of prompts are kept; none: `prompts` in the world's."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
     """What the layers compute in."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
     """Where to compute."""
 
     def __post_init__(self) -> None:

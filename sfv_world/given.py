@@ -9,6 +9,9 @@ from torch import Tensor
 
 from sfv_world.transfer import to_device, to_host
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where commands compute, if nobody says."""
+
 
 def given_device(device: str | torch.device) -> torch.device:
     """A device that torch finds on this machine.

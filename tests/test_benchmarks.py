@@ -44,9 +44,8 @@ def tables(name):
 
 @pytest.mark.parametrize("kind", ["autoregressive", "bands"])
 def test_speed(benchmark, build_world, kind):
-    out, found = benchmark(
-        "speed", "--world", build_world(kind), "--batches", 1, 2, "--steps", 3, "--horizon", 12, "--seconds", 1
-    )
+    few = ("--batches", 1, 2, "--steps", 3, "--horizon", 12, "--seconds", 1)
+    out, found = benchmark("speed", "--world", build_world(kind), "--device", "cpu", *few)
     assert [row["batch"] for row in found["batch"]["rows"]] == [1, 2]
     assert found["batch"]["rows"][0]["goal"] == 60 and found["latency"]["rows"][0]["p50_ms"] > 0
     assert sum(row["share"] for row in found["share"]["rows"]) == pytest.approx(1)

@@ -24,7 +24,7 @@ from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.data.clips import load_episodes
 from sfv_world.film import write_image
-from sfv_world.given import given_device, set_threads
+from sfv_world.given import DEVICE, given_device, set_threads
 from sfv_world.training.schedule import RunBar, check_length, moving_average, progress, rate
 
 
@@ -64,7 +64,7 @@ class TrainCodecConfig:
     """Minutes between validations, pictures and checkpoints."""
     seed: int = 0
     """Seed of the split, the weights, the frames and the noise."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
     """Where to train."""
     threads: int | None = None
     """CPU threads; none: torch's choice."""

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from sfv_world.flow.model import DeepKind
+from sfv_world.given import DEVICE
 from sfv_world.training.distributed import Parallel
 from sfv_world.training.objective import ObjectiveConfig
 from sfv_world.training.schedule import check_length
@@ -88,7 +87,7 @@ class TrainConfig:
     """Minutes between validations, samples and checkpoints."""
     seed: int = 0
     """Seed of the split, the weights, the clips and the noise."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICE
     """Where to train; bfloat16 autocast on CUDA."""
     threads: int | None = None
     """CPU threads; none: torch's choice."""
