@@ -1,5 +1,7 @@
 """Worlds on a released model: the adapter's law, streams equal parallel passes, and the contracts of environments."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -285,8 +287,14 @@ def test_another_vae_is_told(tmp_path):
     tensors = load_file(path)
     save_file(tensors, path)
     load_adapted(folder)  # written anew, it is the same
+    told = r"backbone: expected the released model and VAE that .* was trained on"
     save_file(tensors | {"decoder.conv_in.bias": tensors["decoder.conv_in.bias"] + 0.01}, path)
-    with pytest.raises(ValueError, match=r"backbone: expected the released model and VAE that .* was trained on"):
+    with pytest.raises(ValueError, match=told):
+        load_adapted(folder)
+    save_file(tensors, path)
+    config = json.loads((released / "vae/config.json").read_text())
+    (released / "vae/config.json").write_text(json.dumps({**config, "latents_mean": [0.5] * 4}))
+    with pytest.raises(ValueError, match=told):
         load_adapted(folder)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors: expected safetensors, got a file"):

@@ -1,8 +1,9 @@
 """The backbone: a released model and its VAE, frozen, in the folder that `sfv-world convert` makes."""
 
+import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,12 +105,13 @@ def as_codec(shape: ReleasedConfig, vae: WanCodec | ImageCodec, height: int, wid
 
 
 def fingerprint(folder: Path) -> int:
-    """Checksum of the tensors of a model and its VAE, by their names and shapes and the contents of the small ones (biases, norms).
+    """Checksum of a model and its VAE: what they say of themselves, names and shapes of tensors, contents of the small ones.
 
     Raises:
         ValueError: if the folder holds no model with its VAE that can be read.
     """
-    checksum = 0
+    vae = {name: value for name, value in read_config(folder / "vae", "a VAE").items() if not name.startswith("_")}
+    checksum = zlib.crc32(json.dumps([asdict(find_config(folder)), vae], sort_keys=True).encode())
     for stored in (open_checkpoint(folder), open_network(folder / "vae")):
         for name, shape in sorted(stored.shapes.items()):
             checksum = zlib.crc32(f"{name} {shape}".encode(), checksum)
