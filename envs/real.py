@@ -146,7 +146,7 @@ def _image(env: gym.Env[Any, Any]) -> gym.Env[np.ndarray, Any]:
 def _make(env_id: str, recipe: Recipe, **kwargs: Any) -> gym.Env[Any, Any]:
     try:
         return gym.make(recipe.env_id, **recipe.kwargs, **kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
         raise ValueError(
             f"env_id: expected one of {', '.join(RECIPES)} or the id of an installed Gymnasium environment, "
             f"got {env_id!r} ({error}). Install the package that has it, and write 'package:Id-v0' if it does not "

@@ -171,6 +171,8 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         make_real("nopackage:Nowhere-v0")
     with pytest.raises(ValueError, match="doom basic.*Malformed"):
         make_real("doom basic")
+    with pytest.raises(ValueError, match="env_id: expected one of .* got 'a:b:c'"):
+        make_real("a:b:c")
     with pytest.raises(ValueError, match="Blind-v0.*Box.*Wrap it"):
         make_real("Blind-v0")
     with pytest.raises(ValueError, match="render_mode.*rgb_array.*human"):
