@@ -19,7 +19,7 @@ from sfv_world.flow.model import DeepKind, FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
 from sfv_world.training.distributed import Group
-from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, with_errors, world_loss
+from sfv_world.training.objective import Batch, ObjectiveConfig, agreement, motion_weights, with_errors, world_loss
 
 law = partial(settings, deadline=None, derandomize=True, database=None)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -308,3 +308,18 @@ def test_everything_is_learned_from_imagined_pasts_too(monkeypatch: pytest.Monke
     monkeypatch.setattr(world.flow, "redraw", lambda encoding, noise: redraw(encoding, encoding.noise))
     for name, value in loss(world, clips, imagined=1.0)[1].items():  # what is drawn is what was real
         close(value, alone[name], atol=1e-4)
+
+
+def test_frames_are_no_target_where_the_past_was_drawn_otherwise() -> None:
+    past = torch.zeros(1, 3, 12, 4)
+    past[0, 1, 6] = 2.0  # row 1, column 2 of 3 x 4
+    kept = agreement(past, torch.zeros_like(past), (3, 4), gap=1.9)
+    assert kept[0, :2].all() and kept[0, 2].view(3, 4).tolist() == [[1.0, 0.0, 0.0, 0.0]] * 3
+    assert agreement(past, torch.zeros_like(past), (3, 4), gap=2.0).all()
+    world, clips = model("bands"), batch()
+    everywhere, nowhere = (loss(world, clips, imagined=1.0, imagined_gap=gap)[1] for gap in (None, 1e-6))
+    assert nowhere["flow_loss"] != everywhere["flow_loss"]
+    for name in ("termination_loss", "nats_per_dim"):  # the heads', and what is reported, stay as they are
+        exact(nowhere[name], everywhere[name])
+    with pytest.raises(ValueError, match="imagined_gap: expected none or a positive number, got 0.0"):
+        ObjectiveConfig(imagined_gap=0.0)

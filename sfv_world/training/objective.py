@@ -66,6 +66,9 @@ class ObjectiveConfig:
     imagined: float = 0.0
     """Part of the steps in which everything is learned from a past that the model drew, too: a world reads its own, and what it
     draws too faintly would fade from frame to frame."""
+    imagined_gap: float | None = None
+    """Where a drawn past differs from the real one by more, root mean square of a token, the next frame is no target: it would
+    teach that things come from nowhere; none: it is one everywhere. Two draws of nothing new are about 1.2 apart."""
     reward_weight: float = 0.02
     """Weight of the reward's cross-entropy (nats a frame) beside the flow's nats a dimension."""
     termination_weight: float = 0.1
@@ -85,6 +88,8 @@ class ObjectiveConfig:
             raise ValueError(f"errors: expected 0 to 1, got {self.errors}.")
         if not 0 <= self.imagined <= 1:
             raise ValueError(f"imagined: expected 0 to 1, got {self.imagined}.")
+        if self.imagined_gap is not None and not self.imagined_gap > 0:
+            raise ValueError(f"imagined_gap: expected none or a positive number, got {self.imagined_gap}.")
         if self.score_every < 1:
             raise ValueError(f"score_every: expected at least 1, got {self.score_every}.")
 
@@ -139,7 +144,10 @@ def world_loss(
         elif past is not tokens:
             told["told"] = past
         reading = (replica or model)(tokens, batch.actions, known, heads_apart=plain, **told)
-        log_prob = (reading.encoding.log_prob * share).sum(-1) + model.codec.log_det
+        wanted = share
+        if past is not tokens and config.imagined_gap is not None:
+            wanted = share * agreement(past, tokens, model.config.codec.grid, config.imagined_gap)
+        log_prob = (reading.encoding.log_prob * wanted).sum(-1) + model.codec.log_det
         return reading, -log_prob / model.config.dimensions
 
     readings = [read(tokens)]
@@ -173,6 +181,15 @@ def world_loss(
     }
     metrics = {name: value.detach() for name, value in metrics.items()}
     return Loss(loss, metrics, tokens, reading.encoding.features.detach(), weights)
+
+
+def agreement(
+    past: Float[Tensor, "b t l c"], tokens: Float[Tensor, "b t l c"], grid: tuple[int, int], gap: float
+) -> Float[Tensor, "b t l"]:
+    """1 where the frame before is told as it was, around a token; 0 where more than `gap` lies between; 1 in the first frame."""
+    apart = (past - tokens).detach().square().mean(-1).sqrt()
+    around = F.max_pool2d(apart.unflatten(-1, grid), 3, stride=1, padding=1).flatten(-2)
+    return (F.pad(around[:, :-1], (0, 0, 1, 0)) <= gap).to(tokens.dtype)
 
 
 def with_errors(
