@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sfv_world.checkpoint import DECODING, replacing
 from sfv_world.decoding.solver import DecodingConfig
-from sfv_world.given import DEVICE
+from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import calibrated, load_world
 from sfv_world.world import World
 
@@ -36,9 +36,7 @@ class CalibrateConfig:
     """The device to calibrate for."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        check_counts(self, "steps", "rows")
 
 
 def block_sizes(world: World) -> list[int | None]:

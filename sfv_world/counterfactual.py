@@ -22,7 +22,7 @@ from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Actions, take
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import long_clips, write_image, write_video
-from sfv_world.given import DEVICE
+from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput
 from sfv_world.world import Abduction, World
@@ -61,9 +61,7 @@ class CounterfactualConfig:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "context", "hold", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        check_counts(self, "frames", "context", "hold", "rows")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}.")
         if not 0 <= self.change_at < self.frames:

@@ -16,7 +16,7 @@ from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
 from sfv_world.film import write_image, write_video
-from sfv_world.given import DEVICE
+from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import load_world
 
 
@@ -43,9 +43,7 @@ class DemoConfig:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "frames", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        check_counts(self, "episodes", "frames", "context")
 
 
 def demo(config: DemoConfig) -> Path:

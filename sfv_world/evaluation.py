@@ -22,7 +22,7 @@ from sfv_world.data.clips import Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
-from sfv_world.given import DEVICE
+from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.training.objective import Batch
@@ -55,9 +55,7 @@ class EvaluateConfig:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        for name in ("clips", "rollouts", "context", "frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        check_counts(self, "clips", "rollouts", "context", "frames")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
-from sfv_world.given import DEVICE
+from sfv_world.given import DEVICE, check_counts
 from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
 from sfv_world.released.config import ReleasedConfig
@@ -74,10 +74,7 @@ class GenerateConfig:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "frames", "fps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}.")
+        check_counts(self, "height", "width", "frames", "fps")
 
 
 @dataclass(frozen=True)

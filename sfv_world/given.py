@@ -30,17 +30,24 @@ def given_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
+def check_counts(config: Any, *names: str) -> None:
+    """Raises a ValueError unless each of these numbers of a configuration is none or at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}.")
+
+
 def set_threads(count: int | None) -> None:
     """Has torch compute with so many CPU threads; none: with as many as it chose.
 
     Raises:
         ValueError: if it is less than one.
     """
-    if count is None:
-        return
-    if count < 1:
-        raise ValueError(f"threads: expected none or at least 1, got {count}.")
-    torch.set_num_threads(count)
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"threads: expected none or at least 1, got {count}.")
+        torch.set_num_threads(count)
 
 
 def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.device) -> UInt8[Tensor, "..."]:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 
@@ -196,8 +195,15 @@ class Ordered:
     device = DEVICE
 
     def __init__(self, *_: Any, **__: Any):
-        self.wait = self.wait_stream = self.record = lambda *_: None
-        self.record_event = lambda *_: Ordered()
+        pass
+
+    def wait(self, other: Any = None) -> None:
+        pass
+
+    wait_stream = record = wait
+
+    def record_event(self) -> "Ordered":
+        return Ordered()
 
     def synchronize(self) -> None:
         if tape is not None:
@@ -236,7 +242,7 @@ def _run_with_device(thread: threading.Thread) -> None:
 
 def install() -> None:
     """From now on this process has the device."""
-    instead = SimpleNamespace(
+    instead = dict(
         is_available=lambda: True,
         is_initialized=lambda: True,
         is_bf16_supported=lambda *_, **__: True,
@@ -256,7 +262,7 @@ def install() -> None:
         get_device_name=lambda *_: "pretended",
         _lazy_init=lambda: None,
     )
-    for name, value in vars(instead).items():
+    for name, value in instead.items():
         setattr(torch.cuda, name, value)
     torch.Generator, F.scaled_dot_product_attention, threading.Thread.run = Generator, attention, _run_with_device
     Device().__enter__()

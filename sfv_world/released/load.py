@@ -100,8 +100,7 @@ def _open_folder(folder: Path) -> Stored:
         if missing := [path for path in paths.values() if not path.is_file()]:
             raise FileNotFoundError(None, None, missing[0])
         files = {name: safe_open(path, framework="pt") for name, path in paths.items()}
-        of_tensor = {name: files[file] for name, file in index.items()}
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in of_tensor.items()}
+        return _stored(folder, {name: files[file] for name, file in index.items()})
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder}: expected a converted checkpoint, with {CONFIG}, {INDEX} and its shards; found no "
@@ -119,7 +118,6 @@ def _open_folder(folder: Path) -> Stored:
         raise ValueError(
             f"{folder}: expected {INDEX} and complete shards, got files that cannot be read ({error}). Copy or convert it again."
         ) from error
-    return Stored(folder, shapes, lambda name: of_tensor[name].get_tensor(name))
 
 
 def open_network(folder: Path) -> Stored:
@@ -137,6 +135,11 @@ def open_network(folder: Path) -> Stored:
             raise ValueError(
                 f"{path}: expected safetensors, got a file that cannot be read ({error}). Copy it again."
             ) from error
+    return _stored(folder, of_tensor)
+
+
+def _stored(folder: Path, of_tensor: dict[str, Any]) -> Stored:
+    """The tensors of a folder, by the open file that each is in."""
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in of_tensor.items()}
     return Stored(folder, shapes, lambda name: of_tensor[name].get_tensor(name))
 
