@@ -148,6 +148,17 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
         Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
 
 
+def test_a_run_can_start_from_a_world_of_another_game(config, tmp_path):
+    """All but what actions mean is kept."""
+    game, other = (record(tmp_path / str(n), spaces.Discrete(n), LENGTHS) for n in (3, 7))
+    train(replace(config, data=game))
+    begun = Trainer(replace(config, data=other, init=config.out, out=tmp_path / "second")).model
+    before, _ = load_model(config.out)
+    assert begun.action_space.n == 7 != before.action_space.n
+    anew = {name for name, tensor in before.state_dict().items() if not torch.equal(begun.state_dict()[name], tensor)}
+    assert anew == {f"controls.project.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
+
+
 def test_a_resumed_run_knows_what_it_began_with(config, tmp_path):
     train(config)
     second = replace(config, init=config.out, out=tmp_path / "second")

@@ -39,8 +39,8 @@ class TrainConfig:
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
     """World whose weights to start from, those of the shallow flow only where the bands are its own or parts of them; none:
-    random ones. It may have another window, other groups and bins. With `freeze_backbone` a released model, which `sfv-world
-    convert` makes."""
+    random ones. It may have another window, other groups and bins, and be of another game with other actions. With
+    `freeze_backbone` a released model, which `sfv-world convert` makes."""
     freeze_backbone: bool = False
     """Train a control adapter and heads on the released model in `init`, which stays as it is and decides the sizes."""
     prompt: str = ""

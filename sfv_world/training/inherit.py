@@ -14,8 +14,8 @@ from sfv_world.model import WorldModel
 def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) -> dict[str, int | float]:
     """Gives `model`, a world of `codec`, the weights of the world in `folder`; tells how long that was trained in all.
 
-    The shallow flow begins anew where it has other bands that are no parts of theirs, the denoiser where one of the two has none;
-    window, groups and bins may differ.
+    The shallow flow begins anew where it has other bands that are no parts of theirs, the denoiser where one of the two has none,
+    what actions mean where there are others; window, groups and bins may differ.
 
     Raises:
         ValueError: if the worlds differ in anything else.
@@ -31,10 +31,12 @@ def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) ->
     if None in (theirs.denoiser, shape.denoiser):
         weights = {name: w for name, w in weights.items() if not name.startswith("denoiser.")}
         theirs = replace(theirs, denoiser=shape.denoiser)
-    if (theirs, before.action_space) != (shape, model.action_space):
+    if before.action_space != model.action_space:
+        weights = {name: w for name, w in weights.items() if not name.startswith("controls.project.")}
+    if theirs != shape:
         raise ValueError(
-            f"init: expected a world of the shape {shape} for actions {model.action_space}, got {before.config} "
-            f"for {before.action_space}. Choose the preset, kind, window, codec, patch and noise it was trained with."
+            f"init: expected a world of the shape {shape}, got {before.config}. "
+            "Choose the preset, kind, window, codec, patch and noise it was trained with."
         )
     mine = model.state_dict()
     if any(not torch.equal(w, mine[name]) for name, w in weights.items() if name.startswith("codec.autoencoder.")):
