@@ -4,6 +4,7 @@ What is learned, without any of the loops around it: `training` fits it, `world`
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -184,6 +185,10 @@ class WorldModel(nn.Module):
     ) -> FrameReport:
         """Decodes the next frame from its noise."""
         return imagine_frame(self.flow, stream, noise, controls, decoding, unguided)
+
+    def stream_of(self, tensors: Mapping[str, Tensor], clock: int) -> StreamState:
+        """The stream whose `tensors` are among these, at its clock."""
+        return StreamState.of(tensors, clock)
 
     def show(
         self, stream: StreamState, features: Float[Tensor, "b l w"], clean: bool

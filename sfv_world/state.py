@@ -10,9 +10,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sfv_world.decoding.frames import StreamState
-from sfv_world.flow.affine import Fields
-from sfv_world.flow.cache import FrameCache
-from sfv_world.flow.shallow import Stage
 from sfv_world.released.stream import ReleasedStream
 from sfv_world.transfer import to_device
 
@@ -108,36 +105,13 @@ class WorldState:
         return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index], held)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state but its clock, by name.
-
-        Raises:
-            ValueError: if it is one of a world on a released model.
-        """
-        if isinstance(self.stream, ReleasedStream):
-            raise ValueError(
-                "state: expected one of a world of its own weights, got one on a released model, which is kept in memory only. "
-                "Keep the frames and actions, and reset to them."
-            )
-        cache = self.stream.cache
-        tensors = {"keys": cache.keys, "values": cache.values, "visible": cache.visible, "frames": self.frames}
-        tensors["tokens"] = self.stream.tokens
-        tensors |= {"seeds": torch.from_numpy(self.seeds), "ages": torch.from_numpy(self.ages)}
-        for index, stage in enumerate(self.stream.stages):
-            tensors |= {
-                f"{index}.tokens": stage.tokens,
-                f"{index}.mu": stage.fields.mu,
-                f"{index}.sigma": stage.fields.sigma,
-            }
-        return tensors | (self.held.tensors() if self.held else {})
+        """All of the state but its clock, by name."""
+        own = {"frames": self.frames, "seeds": torch.from_numpy(self.seeds), "ages": torch.from_numpy(self.ages)}
+        return self.stream.tensors() | own | (self.held.tensors() if self.held else {})
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], clock: int) -> "WorldState":
-        """The state whose `tensors` and clock these are."""
-        count = sum(name.endswith(".tokens") for name in tensors)
-        parts = [[tensors[f"{index}.{part}"] for part in ("tokens", "mu", "sigma")] for index in range(count)]
-        stages = [Stage(tokens, Fields(mu, sigma)) for tokens, mu, sigma in parts]
-        cache = FrameCache(tensors["keys"], tensors["values"], tensors["visible"], clock)
-        stream = StreamState(cache, tensors["tokens"], stages)
+    def of(cls, tensors: dict[str, Tensor], stream: StreamState | ReleasedStream) -> "WorldState":
+        """The state whose `tensors` these are, `stream` made of some of them."""
         held = Held.of(tensors) if "held.features" in tensors else None
         return cls(stream, tensors["frames"], tensors["seeds"].cpu().numpy(), tensors["ages"].cpu().numpy(), held)
 

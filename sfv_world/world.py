@@ -164,7 +164,7 @@ class World:
                 f"{path}: expected a state of the world {self.name} (checksum {self.checksum}), got {metadata or 'none'}. "
                 "Load it into the world it was saved from."
             )
-        return WorldState.of(tensors, int(metadata["clock"]))
+        return WorldState.of(tensors, self.model.stream_of(tensors, int(metadata["clock"])))
 
     @torch.no_grad()
     def reset(

@@ -7,9 +7,10 @@
 stream needs what they have seen: a `Memory`, passed in and changed in place. A stream in any pieces equals one piece.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -26,6 +27,9 @@ TEMPORAL_SCALE = 0.6
 class Memory:
     """What a causal network remembers of a stream; empty where a video begins."""
 
+    MARKS: ClassVar = (None, "Rep")
+    """What `diffusers` remembers where it is no tensor: nothing, or that there was a first frame only."""
+
     features: list[Any] = field(default_factory=list)
     """For every convolution, the last frames that it read."""
     frames: int = 0
@@ -34,6 +38,19 @@ class Memory:
     def copy(self) -> "Memory":
         """A stream that goes on from here on its own."""
         return Memory(list(self.features), self.frames)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All of it, by names that begin with `name`."""
+        kept = {f"{name}.{n}": x for n, x in enumerate(self.features) if isinstance(x, Tensor)}
+        marks = [-1 if f"{name}.{n}" in kept else self.MARKS.index(x) for n, x in enumerate(self.features)]
+        return kept | {f"{name}.marks": torch.tensor(marks), f"{name}.frames": torch.tensor(self.frames)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Memory":
+        """The one whose `tensors` are among these."""
+        marks = tensors[f"{name}.marks"].tolist()
+        features = [tensors[f"{name}.{n}"] if mark < 0 else cls.MARKS[int(mark)] for n, mark in enumerate(marks)]
+        return cls(features, int(tensors[f"{name}.frames"]))
 
 
 def to_pixels(frames: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b h w 3"]:

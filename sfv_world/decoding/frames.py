@@ -5,6 +5,7 @@ The state between frames is the deep flow's cache and what each map that is inve
 the same state.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,6 +58,21 @@ class StreamState:
         for mine, theirs in zip(self.stages, other.stages, strict=True):
             for old, new in zip((mine.tokens, *mine.fields), (theirs.tokens, *theirs.fields), strict=True):
                 old[rows] = new
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but its clock, by name."""
+        cache = self.cache
+        tensors = {"keys": cache.keys, "values": cache.values, "visible": cache.visible, "tokens": self.tokens}
+        for index, stage in enumerate(self.stages):
+            tensors |= stage.tensors(str(index))
+        return tensors
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], clock: int) -> "StreamState":
+        """The one whose `tensors` are among these."""
+        cache = FrameCache(tensors["keys"], tensors["values"], tensors["visible"], clock)
+        count = sum(name.endswith(".mu") for name in tensors)
+        return cls(cache, tensors["tokens"], [Stage.of(tensors, str(index)) for index in range(count)])
 
 
 class FrameReport(NamedTuple):

@@ -7,6 +7,7 @@ pass a band, however uncertain the frame is, and what it draws within a patch ha
 autoregression, arXiv 1703.03664, with the affine maps of RealNVP, arXiv 1605.08803).
 """
 
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -24,6 +25,15 @@ class Stage(NamedTuple):
 
     tokens: Float[Tensor, "n l c"]
     fields: Fields
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """All of it, by names that begin with `name`."""
+        return {f"{name}.tokens": self.tokens, f"{name}.mu": self.fields.mu, f"{name}.sigma": self.fields.sigma}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Stage":
+        """The one whose `tensors` are among these."""
+        return cls(tensors[f"{name}.tokens"], Fields(tensors[f"{name}.mu"], tensors[f"{name}.sigma"]))
 
 
 class RasterFlow(nn.Module):

@@ -10,8 +10,9 @@ video's first frame, so a parallel pass over a video and a stream are the same f
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ from sfv_world.model import Reading
 from sfv_world.released.adapter import ControlAdapter
 from sfv_world.released.backbone import Backbone, fingerprint
 from sfv_world.released.model import ReleasedFlow
-from sfv_world.released.sampling import DeepStream, Drawn, Report, ShallowInverse, clean, join
+from sfv_world.released.sampling import SEQUENTIAL, DeepStream, Drawn, Report, ShallowInverse, clean, join
 from sfv_world.released.stream import Past, ReleasedStream, Video
 
 
@@ -163,7 +164,7 @@ class AdaptedModel(nn.Module):
         """Reads videos that begin here; rows have no clock in common, whatever `clock`, and nothing is reported."""
         videos = []
         for row in range(len(frames)):
-            video = Video(self._deep_stream())
+            video = Video()
             self._read(video, *(x[row : row + 1] for x in (frames, normal, controls)))
             videos.append(video)
         return ReleasedStream(videos), None
@@ -205,6 +206,11 @@ class AdaptedModel(nn.Module):
             for row, video in enumerate(stream.videos)
         )
 
+    def stream_of(self, tensors: Mapping[str, Tensor], clock: int) -> ReleasedStream:
+        """The stream whose `tensors` are among these; rows have no clock in common, whatever `clock`."""
+        tokens = self.config.chunk * math.prod(self.codec.config.grid)
+        return ReleasedStream.of(tensors, partial(self.flow.block(-1).new_cache, 1, self.text.shape[1] + tokens))
+
     def show(
         self, stream: ReleasedStream, features: Float[Tensor, "b l w"], clean: bool
     ) -> UInt8[Tensor, "b *time height width 3"]:
@@ -240,8 +246,7 @@ class AdaptedModel(nn.Module):
             self.codec.encode(signal + self.config.noise * normal).unbind(1), controls.unbind(1), strict=True
         ):
             latents, stages = self.flow.within_frames(tokens, self.codec.config.grid)
-            self._make_room(video, told)
-            drawn = video.deep.read(latents[:, None])
+            drawn = self._deep(video, told).read(latents[:, None])
             video.chunk.append(Past(tokens, latents, told))
             video.shallow = dict(enumerate(stages))
         once = torch.full_like(drawn.report.sweeps, len(stages))
@@ -252,9 +257,7 @@ class AdaptedModel(nn.Module):
     def _imagine(
         self, video: Video, noise: Float[Tensor, "1 l c"], controls: Float[Tensor, "1 m d"], decoding: DecodingConfig
     ) -> FrameReport:
-        self._make_room(video, controls)
-        video.deep.decoding = decoding
-        drawn = video.deep.draw(noise)
+        drawn = self._deep(video, controls, decoding).draw(noise)
         inverse = ShallowInverse(self.flow, self.codec.config.grid, decoding, video.shallow)
         tokens, shallow = inverse(drawn.latents)
         video.chunk.append(Past(tokens, drawn.latents, controls))
@@ -269,19 +272,20 @@ class AdaptedModel(nn.Module):
             tokens = clean(self.flow, chunk, self.text, self.codec.config.grid, self.config.noise, told)[:, -1:]
         return self.codec.frames(self.codec.decode(tokens), video.shown)
 
-    def _make_room(self, video: Video, controls: Float[Tensor, "1 m d"]) -> None:
-        """Tells the deep block of the next frame's controls; restarts where a chunk is full."""
+    def _deep(
+        self, video: Video, controls: Float[Tensor, "1 m d"], decoding: DecodingConfig = SEQUENTIAL
+    ) -> DeepStream:
+        """The deep block at a video's next frame, told of its controls; restarted where a chunk is full."""
         if len(video.chunk) == self.config.chunk:
             video.chunk = video.chunk[-self.config.context :]
-            del video.deep  # its keys and values, before there are new ones
-            video.deep = self._deep_stream()
+            video.deep = None  # its keys and values go before there are new ones
             for past in video.chunk:
-                video.deep.block.told = self.adapter.told(past.controls[:, None])
-                video.deep.read(past.latents[:, None])
-        video.deep.block.told = self.adapter.told(controls[:, None])
-
-    def _deep_stream(self) -> DeepStream:
-        return DeepStream(self.flow, self.text, self.codec.config.grid, self.config.chunk)
+                self._deep(video, past.controls).read(past.latents[:, None])
+        grid, frames = self.codec.config.grid, self.config.chunk
+        stream = DeepStream(self.flow, self.text, grid, frames, decoding=decoding, state=video.deep)
+        stream.block.told = self.adapter.told(controls[:, None])
+        video.deep = stream.state
+        return stream
 
     def _text(self, rows: int) -> Float[Tensor, "b k e"]:
         return self.text.expand(rows, -1, -1)

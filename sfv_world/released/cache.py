@@ -19,6 +19,10 @@ class SequenceCache:
     values: Float[Tensor, "layers rows heads slots head_dim"]
     length: int = 0
 
+    def copy(self) -> "SequenceCache":
+        """One that goes on from here on its own."""
+        return SequenceCache(self.keys.clone(), self.values.clone(), self.length)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes keys and values of the slots that follow the known ones; each query sees all up to itself."""
         end = self.length + k.shape[2]

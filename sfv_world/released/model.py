@@ -22,7 +22,7 @@ from sfv_world.flow.shallow import Stage
 from sfv_world.layers import Attend, FinalNorm, Layer, Told
 from sfv_world.released.cache import SequenceCache
 from sfv_world.released.config import DENOISER_LAYERS, ReleasedConfig
-from sfv_world.released.positions import grid_positions, text_positions, turns
+from sfv_world.released.positions import slot_turns
 
 TWEEDIE_SCALE = 0.3
 """What the released denoiser's output is multiplied by: it predicts (sigma^2 / 0.3) times the gradient of -log p."""
@@ -183,11 +183,8 @@ class ReleasedFlow(nn.Module):
 
     def turn(self, frames: int, grid: tuple[int, int], text: bool, device: torch.device) -> Float[Tensor, "l two p"]:
         """Rotary cosines and sines of a video's slots, after those of the text."""
-        scale = self.config.pt_seq_len
-        positions = grid_positions(frames, *grid, scale)
-        if text:
-            positions = torch.cat([text_positions(self.config.txt_size, scale), positions])
-        return turns(positions, self.config.head_dim).to(device)
+        config = self.config
+        return slot_turns(frames, grid, config.pt_seq_len, config.txt_size if text else 0, config.head_dim, device)
 
     def within_frames(
         self, tokens: Float[Tensor, "n l c"], grid: tuple[int, int]

@@ -5,6 +5,7 @@ over the same length, and counts frames in whole numbers. Positions belong to sl
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,16 @@ def text_positions(length: int, scale: int) -> Float[Tensor, "length 3"]:
     return torch.stack(
         [torch.zeros(length), torch.zeros(length), torch.arange(length) / length * scale], dim=-1
     ).double()
+
+
+@lru_cache(maxsize=8)
+def slot_turns(
+    frames: int, grid: tuple[int, int], scale: int, text: int, head_dim: int, device: torch.device
+) -> Float[Tensor, "l two p"]:
+    """Cosines and sines of a video's slots, after those of `text` text tokens; made once, for a stream asks at every frame."""
+    with torch.inference_mode(False):  # else they could not be used in training, where inference asked first
+        positions = torch.cat([text_positions(text, scale), grid_positions(frames, *grid, scale)])
+        return turns(positions, head_dim).to(device)
 
 
 def turns(positions: Float[Tensor, "l 3"], head_dim: int) -> Float[Tensor, "l two p"]:

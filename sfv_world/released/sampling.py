@@ -5,9 +5,8 @@ Samples are noised tokens, which `clean` cleans. Guidance acts on the deep block
 that the model scores, and what is reported of them is their likelihood under the model without guidance.
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from sfv_world.flow.affine import standard_normal_log_prob
 from sfv_world.flow.shallow import Stage
 from sfv_world.layers import Told
 from sfv_world.released.model import ReleasedFlow
-from sfv_world.released.solver import BlockStream, Prediction, Solution, solve
+from sfv_world.released.solver import BlockState, BlockStream, Prediction, Solution, solve
 
 SEQUENTIAL = DecodingConfig(block=1)
 """Token by token: the definition that faster decoding is held against."""
@@ -50,6 +49,19 @@ class Drawn(NamedTuple):
     """Of the deep block alone."""
 
 
+@dataclass
+class DeepState:
+    """What the deep block has read of a video."""
+
+    block: BlockState
+    previous: Stage | None = None
+    """The last frame in it, to draft from."""
+
+    def copy(self) -> "DeepState":
+        """One that goes on from here on its own."""
+        return DeepState(self.block.copy(), self.previous)
+
+
 class DeepStream:
     """The deep block over a video: noise -> latents u, one frame after the other.
 
@@ -61,6 +73,7 @@ class DeepStream:
         unconditional: states of the prompt without its caption; needed for guidance.
         guidance: its weight w; 0 is none.
         decoding: how to decode.
+        state: of a stream like this one, which goes on with it; none: a video begins.
 
     Raises:
         ValueError: if guidance lacks the unconditional text.
@@ -77,27 +90,23 @@ class DeepStream:
         unconditional: Float[Tensor, "b k e"] | None = None,
         guidance: float = 0.0,
         decoding: DecodingConfig = SEQUENTIAL,
+        state: DeepState | None = None,
     ):
         if guidance and unconditional is None:
             raise ValueError(f"guidance {guidance} needs the states of the unconditional text, got none")
         self.flow, self.decoding = flow, decoding
         turn = flow.turn(frames, grid, True, text.device)
         both = torch.cat([text, unconditional]) if guidance and unconditional is not None else text
-        self.block = BlockStream(flow.block(-1), len(text), turn, both, guidance)
-        self.previous: Stage | None = None
-
-    def copy(self) -> "DeepStream":
-        """A stream that goes on from here on its own."""
-        twin = copy.copy(self)
-        twin.block = self.block.copy()
-        return twin
+        read = None if state is None else state.block
+        self.block = BlockStream(flow.block(-1), len(text), turn, both, guidance, read)
+        self.state = state or DeepState(self.block.state)
 
     @torch.no_grad()
     def read(self, latents: Float[Tensor, "b t l c"]) -> Drawn:
         """Takes frames as given, the next ones follow them; what is said is of the last one."""
         for u in self.flow.orient(-1, latents).unbind(1):
             found = self.block.read(u)
-            self.previous = Stage(u, found.fields)
+            self.state.previous = Stage(u, found.fields)
         once = torch.ones(len(u), dtype=torch.long, device=u.device)
         return self._drawn(u, found, once, torch.zeros_like(u[:, 0, 0]))
 
@@ -105,9 +114,9 @@ class DeepStream:
     def draw(self, noise: Float[Tensor, "b l c"]) -> Drawn:
         """The next frame, by the noise asked for."""
         z = self.flow.orient(-1, noise)
-        draft = first_draft(z, self.previous, self.decoding)
+        draft = first_draft(z, self.state.previous, self.decoding)
         found = solve(self.block, z, draft, self.decoding, self.decoding.tolerance)
-        self.previous = Stage(found.tokens, found.fields)
+        self.state.previous = Stage(found.tokens, found.fields)
         return self._drawn(found.tokens, found, found.sweeps, found.certificate)
 
     def _drawn(self, tokens: Tensor, found: Prediction | Solution, sweeps: Tensor, certificate: Tensor) -> Drawn:

@@ -5,8 +5,8 @@ the iterate that was evaluated, with its exact noise and its keys and values in 
 and with them the fixed point. A block of one token is sequential decoding.
 """
 
-import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,20 @@ from sfv_world.released.cache import SequenceCache
 from sfv_world.released.model import FlowBlock
 
 
+@dataclass
+class BlockState:
+    """What a block has read so far."""
+
+    cache: SequenceCache
+    """Keys and values of all slots before the next."""
+    before: Float[Tensor, "b 1 c"]
+    """What the next slot carries: the last token."""
+
+    def copy(self) -> "BlockState":
+        """One that goes on from here on its own."""
+        return BlockState(self.cache.copy(), self.before)
+
+
 class BlockStream:
     """A block and what it has read so far: sequences with a learned first slot, after their text if the block reads any.
 
@@ -29,6 +43,7 @@ class BlockStream:
         turn: rotary cosines and sines of all slots, text included; as many as may be read.
         text: states of the text encoder; twice as many rows as sequences are the conditional and then the unconditional text.
         guidance: the weight w, for text of two kinds.
+        state: of a stream like this one, which goes on with it; none: nothing but the text was read.
     """
 
     def __init__(
@@ -38,22 +53,19 @@ class BlockStream:
         turn: Float[Tensor, "slots two p"],
         text: Float[Tensor, "n k e"] | None = None,
         guidance: float = 0.0,
+        state: BlockState | None = None,
     ):
         self.block, self.turn, self.guidance = block, turn, guidance
         self.copies = 1 if text is None else len(text) // rows
-        self.cache: SequenceCache = block.new_cache(self.copies * rows, len(turn))
-        self.before = block.sos_embed.expand(rows, -1, -1)
-        """What the next slot carries: the last token."""
         self.told: Sequence[Told] = ()
         """What an adapter adds to the attention of the slots to come, layer by layer; nothing if it is empty."""
-        if text is not None:
-            self._features(block.embed(self.before[:, :0].repeat(self.copies, 1, 1), text))
-
-    def copy(self) -> "BlockStream":
-        """A stream that goes on from here on its own."""
-        twin = copy.copy(self)
-        twin.cache = SequenceCache(self.cache.keys.clone(), self.cache.values.clone(), self.cache.length)
-        return twin
+        if state is None:
+            cache = block.new_cache(self.copies * rows, len(turn))
+            self.state = BlockState(cache, block.sos_embed.expand(rows, -1, -1))
+            if text is not None:
+                self._features(block.embed(self.state.before[:, :0].repeat(self.copies, 1, 1), text))
+        else:
+            self.state = state
 
     def predict(self, carried: Float[Tensor, "b l c"]) -> "Prediction":
         """What the block says of the next tokens, by what their slots carry; the cache moves past them."""
@@ -68,13 +80,14 @@ class BlockStream:
 
     def read(self, tokens: Float[Tensor, "b l c"]) -> "Prediction":
         """What the block says of the next tokens, which are given."""
-        found = self.predict(torch.cat([self.before, tokens[:, :-1]], dim=1))
-        self.before = tokens[:, -1:]
+        found = self.predict(torch.cat([self.state.before, tokens[:, :-1]], dim=1))
+        self.state.before = tokens[:, -1:]
         return found
 
     def _features(self, x: Tensor) -> Tensor:
-        at = slice(self.cache.length, self.cache.length + x.shape[1])
-        return self.block.features(x, self.turn[at], self.cache, self.told)
+        cache = self.state.cache
+        at = slice(cache.length, cache.length + x.shape[1])
+        return self.block.features(x, self.turn[at], cache, self.told)
 
 
 class Prediction(NamedTuple):
@@ -128,15 +141,15 @@ def solve(
     sweeps = torch.zeros(rows, dtype=torch.long, device=noise.device)
     certificate = noise.new_zeros(rows)
     for start in range(0, length, size):
-        at, known = slice(start, min(start + size, length)), stream.cache.length
+        at, known = slice(start, min(start + size, length)), stream.state.cache.length
         wanted, count = noise[:, at], at.stop - at.start
         limit = decoding.max_sweeps or count + 1
         active: Bool[Tensor, "b"] = torch.ones(rows, dtype=torch.bool, device=noise.device)
         error = noise.new_zeros(rows)
         for sweep in range(1, limit + 1):
-            stream.cache.length = known
+            stream.state.cache.length = known
             fields, conditional, features = stream.predict(
-                torch.cat([stream.before, tokens[:, start : at.stop - 1]], dim=1)
+                torch.cat([stream.state.before, tokens[:, start : at.stop - 1]], dim=1)
             )
             sweeps += active
             if count == 1:  # a lone token's fields do not depend on it: it is exact at once
@@ -148,7 +161,7 @@ def solve(
                 break
             tokens[:, at] = torch.where(active[:, None, None], fields.denormalise(wanted), tokens[:, at])
         certificate = torch.maximum(certificate, error)
-        stream.before = tokens[:, at.stop - 1 : at.stop]
+        stream.state.before = tokens[:, at.stop - 1 : at.stop]
         found.append((*fields, *conditional, features))
     mu, sigma, mu_c, sigma_c, features = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return Solution(tokens, Fields(mu, sigma), Fields(mu_c, sigma_c), sweeps, certificate, features)
