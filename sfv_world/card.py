@@ -1,12 +1,16 @@
 """The model card of a trained world: what `evaluation` measured, as Markdown."""
 
 import json
+import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from sfv_world.codec.latent import LatentCodecConfig
+from sfv_world.codec.pixels import PixelCodecConfig
+from sfv_world.released.adapted import AdaptedConfig
 from sfv_world.training.config import TrainConfig
 from sfv_world.world import World
 
@@ -14,14 +18,15 @@ from sfv_world.world import World
 def tables(results: dict[str, Any]) -> str:
     """The results as Markdown; bits are per colour value of a world of pixels, per latent of a world of latents."""
     density, outcomes, rolled = results["density"], results["outcomes"], results["rollouts"]
+    unit, shown = density["unit"], "noise included" if rolled["noised"] else "cleaned"
     horizons = list(rolled["psnr_of_one"])
     lines = [
-        f"**Density**, {density['frames']} held-out frames at noise {density['noise']}, bits per {density['dimension']} (lower is better; "
-        f"{density['bits_per_frame']:,.0f} a frame):",
+        f"**Density**, {density['frames']} held-out {unit}s at noise {density['noise']}, bits per {density['dimension']} (lower is better; "
+        f"{density['bits_per_frame']:,.0f} a {unit}):",
         "",
         "| this world | copy of the last frame, fitted Gaussian | entropy of the noise itself |",
         "| --- | --- | --- |",
-        f"| {density['bits_per_dim']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 frames) "
+        f"| {density['bits_per_dim']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 {unit}s) "
         f"| {density['bits_per_dim_fitted_copy']:.3f} | {density['bits_per_dim_of_the_noise']:.3f} |",
         "",
         *_lossless(results.get("lossless")),
@@ -32,18 +37,18 @@ def tables(results: dict[str, Any]) -> str:
     ]
     names = {
         "psnr_of_the_mean": f"mean of {rolled['rollouts']} imagined rollouts",
-        "psnr_of_one": "one imagined rollout, noise included",
+        "psnr_of_one": f"one imagined rollout, {shown}",
         "psnr_of_copying": "copy of the last observed frame",
-        "psnr_of_the_codec": "the real frame through the codec, noise included",
+        "psnr_of_the_codec": f"the real frame through the codec{', noise included' * rolled['noised']}",
     }
     for key, name in names.items():
         lines.append(f"| {name} | " + " | ".join(f"{rolled[key][horizon]:.1f}" for horizon in horizons) + " |")
     lines += [
         "",
-        f"Sweeps a frame: {rolled['deep_sweeps']:.1f} of the deep flow, {rolled['shallow_sweeps']:.1f} of shallow blocks; largest "
+        f"Sweeps a {unit}: {rolled['deep_sweeps']:.1f} of the deep flow, {rolled['shallow_sweeps']:.1f} of shallow blocks; largest "
         f"certificate {rolled['largest_certificate']:.1e}.",
         "",
-        f"**Termination** on {outcomes['frames']} held-out frames, Brier score {outcomes['termination_brier']:.5f} "
+        f"**Termination** on {outcomes['frames']} held-out {unit}s, Brier score {outcomes['termination_brier']:.5f} "
         f"(base rate: {outcomes['termination_brier_of_the_base_rate']:.5f}), calibration error "
         f"{outcomes['termination_calibration_error']:.4f}:",
         "",
@@ -92,15 +97,8 @@ def _lossless(found: dict[str, Any] | None) -> list[str]:
 def model_card(world: World, results: dict[str, Any]) -> str:
     """The model card of a trained world, Markdown."""
     run, data = world.about["training"], world.about["data"]
-    recipe, flow = data.get("recipe", {}), world.model.config.flow
-    size = sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
+    recipe, config = data.get("recipe", {}), world.model.config
     frames = run["batch"] * run["clip"] * world.about["steps"]
-    coarsest = [f"the first in {flow.groups} groups"] * (flow.groups > 1)
-    coarsest += [f"the first {len(flow.bins)} with curves of {flow.bins[0]} bins"] if flow.bins else []
-    grouped = f" ({', '.join(coarsest)})" if coarsest else ""
-    shallow = (
-        f"{len(flow.bands)} bands, coarse to fine{grouped}," if flow.bands else f"{flow.shallow_blocks} raster blocks"
-    )
     before = world.about.get("before")
     start = f" Started from a world of {before['steps']} steps, {before['minutes']:.0f} minutes." if before else ""
     blended = world.about.get("blended")
@@ -111,9 +109,15 @@ def model_card(world: World, results: dict[str, Any]) -> str:
     processes = world.about.get("processes", 1)
     command = "sfv-world" if processes == 1 else f"torchrun --nproc-per-node {processes} -m sfv_world"
     codec, signal, density, clean = "pixels", "pixels in [-1, 1]", "frames", "dequantised frame"
-    if isinstance(world.model.config.codec, LatentCodecConfig):
-        codec = "latents of {} x {} x {} a frame".format(*world.model.config.codec.signal)
-        signal, density, clean = "latents of variance 1", "latents, not frames", "latents of the frame"
+    past = "frames before it, actions"
+    if not isinstance(config.codec, PixelCodecConfig):
+        codec, signal = "latents of {} x {} x {} a frame".format(*config.codec.signal), "latents"
+        density, clean = "latents, not frames", "latents of the frame"
+    if isinstance(config.codec, LatentCodecConfig):
+        signal += " of variance 1"
+    if isinstance(config, AdaptedConfig):
+        codec += f", a video's first and every {world.time} after it" * (world.time > 1)
+        past += f", the prompt `{config.prompt}`"
     return f"""# {world.name}
 
 A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{world.name}")`.
@@ -121,13 +125,12 @@ A learned world: a causal normalizing flow over video, with exact likelihoods. `
 ![Imagined above, real continuation below](rollouts.png)
 
 - **Data**: `{data.get("dataset_id", run["data"])}`, recorded with `{json.dumps(recipe)}`; {run["held_out"]:.0%} of the episodes held out.
-- **Model**: {size:.1f} M parameters, {flow.kind}; deep flow {flow.deep.depth} x {flow.deep.width} over {flow.deep.window} frames, \
-shallow flow of {shallow} of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} channels a frame.
+- **Model**: {_model(world)}
 - **Codec**: {codec}.
 - **Training**: {world.about["steps"]} steps of {run["batch"]} clips of {run["clip"]} frames ({frames:,} frames seen), {world.about["minutes"]:.0f} \
-minutes on `{run["device"]}` by {processes} process(es) of {run["threads"] or "all"} thread(s). Noise {run["noise"]} on {signal}.{start}
+minutes on `{run["device"]}` by {processes} process(es) of {run["threads"] or "all"} thread(s). Noise {config.noise} on {signal}.{start}
 - **Command**: `{command} train {train_options(run)}`
-- **The density** is over noised {density}: log p({clean} + {run["noise"]} x normal noise | frames before it, actions).
+- **The density** is over noised {density}: log p({clean} + {config.noise} x normal noise | {past}).
 
 ## Results
 
@@ -135,6 +138,29 @@ Measured by `sfv-world evaluate --world {world.name} --data {run["data"]}` ({res
 
 {tables(results)}
 """
+
+
+def _model(world: World) -> str:
+    """What a world's weights are."""
+    config, size = world.model.config, sum(parameter.numel() for parameter in world.model.parameters()) / 1e6
+    if isinstance(config, AdaptedConfig):
+        tokens, channels = math.prod(config.codec.grid), config.codec.channels
+        return (
+            f"{size:.1f} M parameters, a control adapter on the released model in `{config.backbone}`, which stays as it is; "
+            f"{tokens} tokens of {channels} channels a latent frame, chunks of {config.chunk} of them."
+        )
+    flow = config.flow
+    coarsest = [f"the first in {flow.groups} groups"] * (flow.groups > 1)
+    coarsest += [f"the first {len(flow.bins)} with curves of {flow.bins[0]} bins"] if flow.bins else []
+    grouped = f" ({', '.join(coarsest)})" if coarsest else ""
+    shallow = (
+        f"{len(flow.bands)} bands, coarse to fine{grouped}," if flow.bands else f"{flow.shallow_blocks} raster blocks"
+    )
+    return (
+        f"{size:.1f} M parameters, {flow.kind}; deep flow {flow.deep.depth} x {flow.deep.width} over {flow.deep.window} frames, "
+        f"shallow flow of {shallow} of {flow.shallow.depth} x {flow.shallow.width}; {flow.tokens} tokens of {flow.channels} "
+        "channels a frame."
+    )
 
 
 def train_options(run: dict[str, Any]) -> str:
@@ -152,6 +178,8 @@ def _options(run: dict[str, Any], usual: dict[str, Any], lead: str = "--") -> li
         elif value not in (None, usual.get(name)) and name != "resume":
             option = name.replace("_", "-")
             found.append(
-                f"{lead}{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"{lead}{option} {value}"
+                f"{lead}{'' if value else 'no-'}{option}"
+                if isinstance(value, bool)
+                else f"{lead}{option} {shlex.quote(str(value))}"
             )
     return found

@@ -6,7 +6,7 @@ Writes `results.json` and the contact sheet `rollouts.png` into the world's fold
 import json
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
-from sfv_world.data.clips import Episodes, load_episodes, take
+from sfv_world.data.clips import ClipSampler, Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
+from sfv_world.model import WorldModel
 from sfv_world.training.objective import Batch
 from sfv_world.world import World
 
@@ -44,7 +45,7 @@ class EvaluateConfig:
     rollouts: int = 3
     """Imagined rollouts of each clip, averaged for PSNR."""
     context: int = 8
-    """Observed frames before a rollout."""
+    """Observed frames before a rollout; up to whole steps, where those have several frames."""
     frames: int = 4000
     """Held-out frames to score, at least."""
     seed: int = 0
@@ -60,16 +61,19 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a world, prints and writes what was found, and returns it."""
-    world = load_world(config.world, config.device, released=False)
+    world = load_world(config.world, config.device)
+    config = replace(config, context=world.model.codec.whole(config.context))
     train, held_out = split_as_trained(world, config.data)
     results = {
         "density": density(world, train, held_out, config.frames, config.seed),
         "outcomes": outcomes(world, held_out, config.seed),
         "rollouts": rollouts(world, held_out, config),
-        **({"denoising": denoising(world, held_out, config.clips, config.seed)} if world.model.denoiser else {}),
-        "lossless": lossless(world, train, held_out, config.clips, config.seed),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
+    if world.model.denoiser:
+        results["denoising"] = denoising(world, held_out, config.clips, config.seed)
+    if isinstance(world.model, WorldModel):
+        results["lossless"] = lossless(world, train, held_out, config.clips, config.seed)
     folder = config.out or Path(world.folder or ".")
     with replacing(folder / "results.json") as beside:
         beside.write_text(json.dumps(results, indent=2) + "\n")
@@ -108,19 +112,25 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
     """Bits per dimension of held-out next frames: the world's, the fitted copy's, and the noise's own entropy.
 
     A dimension is a colour value or, in a latent world, a latent; bits of one kind of world say nothing beside those of the other.
+    Where a step has several frames, frames are steps.
 
     The fitted copy is a Gaussian around the clean last frame with a mean and a scale for every channel of a token, fitted to the
     training episodes with the same noise; the world sees only noised frames.
     """
-    model, length = world.model, 16
+    model, time, longest = world.model, world.time, int(held_out.lengths.max()) - 1
     noise, dimensions = model.config.noise, model.config.dimensions
+    length = min(16, 1 + (longest - 1) // time)  # in steps
+    rows = 16 if time == 1 else 1
 
     def differences(episodes: Episodes, count: int) -> torch.Tensor:
-        clips = long_clips(episodes, count, 2, seed)
-        tokens = model.codec.encode(model.codec.signal(torch.from_numpy(clips.frames).to(world.device)))
-        return tokens[:, 1] - tokens[:, 0]
+        # A video's first latent frame is of one frame only: those after it are alike.
+        clips, found = long_clips(episodes, count, 2 if time == 1 else 1 + 2 * time, seed), []
+        for part in torch.from_numpy(clips.frames).split(256 * rows // 16):
+            tokens = model.codec.encode(model.codec.signal(part.to(world.device)))
+            found.append(tokens[:, -1] - tokens[:, -2])
+        return torch.cat(found)
 
-    fit = differences(train, 4000).flatten(0, 1)
+    fit = differences(train, 4000 if time == 1 else frames).flatten(0, 1)
     found = differences(held_out, frames)
     normal = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(world.device)
     sigma = (fit.var(0) + model.token_noise**2).sqrt()
@@ -128,8 +138,8 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
     z, log_det = fields.normalise(found + model.token_noise * normal)
     copy = (standard_normal_log_prob(z) + log_det).sum(-1) + model.codec.log_det
 
-    clips = long_clips(held_out, math.ceil(frames / (length - 1)), length, seed)
-    parts = np.array_split(np.arange(len(clips.frames)), math.ceil(len(clips.frames) / 16))
+    clips = long_clips(held_out, math.ceil(frames / (length - 1)), 1 + (length - 1) * time, seed)
+    parts = np.array_split(np.arange(len(clips.frames)), math.ceil(len(clips.frames) / rows))
     bits = torch.cat(
         [world.score(clips.frames[part], take(clips.actions, part), part).bits_per_dim.cpu() for part in parts]
     )
@@ -141,6 +151,7 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
         "bits_per_frame": bits[:, 1:].mean().item() * dimensions,
         "noise": noise,
         "dimension": "colour value" if model.codec.shows_noise else "latent",
+        "unit": "frame" if time == 1 else "step",
         "frames": bits[:, 1:].numel(),
     }
 
@@ -150,13 +161,14 @@ def outcomes(world: World, held_out: Episodes, seed: int, limit: int = 200) -> d
     probabilities, terminated, rewards, expected = [], [], [], []
     order = np.random.default_rng(seed).permutation(len(held_out))[:limit]
     for episode in tqdm(order, desc="outcomes"):
-        one = held_out.select(np.array([episode]))
-        actions = take(one.actions, np.s_[None, : len(one.frames) - 1])
-        score = world.score(one.frames[None], actions, [seed])
-        ended = one.terminations[1:]
+        length = world.model.codec.whole(int(held_out.lengths[episode]))
+        whole = ClipSampler(held_out, length, 1).clips(held_out.starts[[episode]])
+        score = world.score(whole.frames, whole.actions, [seed])
+        steps = Batch.from_clips(whole, world.model)
+        ended = steps.terminations[0, 1:].cpu().numpy()
         probabilities.append(score.termination_probability[0, 1:].cpu().numpy())
         terminated.append(ended)
-        rewards.append(one.rewards[1:])
+        rewards.append(steps.rewards[0, 1:].cpu().numpy())
         expected.append(score.rewards[0, 1:].cpu().numpy()[np.arange(len(ended)), ended.astype(int)])
     p, y = np.concatenate(probabilities), np.concatenate(terminated)
     r, e = np.concatenate(rewards), np.concatenate(expected)
@@ -191,7 +203,11 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
     ]
     real = clips.frames[:, config.context :]
     copy = np.broadcast_to(clips.frames[:, config.context - 1 : config.context], real.shape)
-    through_codec = as_shown(world, real.reshape(-1, *world.frame_shape), config.seed).reshape(real.shape)
+    noised = world.decoding.denoise == "none"
+    if noised:
+        through_codec = as_shown(world, real.reshape(-1, *world.frame_shape), config.seed).reshape(real.shape)
+    else:
+        through_codec = _through_codec(world, clips.frames)[:, config.context :]
     mean = np.mean([run.imagined for run in runs], axis=0)
     outputs = [output for run in runs for output in run.outputs]
     return {
@@ -199,6 +215,7 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
         "psnr_of_one": _by_horizon(runs[0].imagined, real),
         "psnr_of_copying": _by_horizon(copy, real),
         "psnr_of_the_codec": _by_horizon(through_codec, real),
+        "noised": noised,
         "rollouts": config.rollouts,
         "clips": config.clips,
         "context": config.context,
@@ -206,6 +223,13 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
         "shallow_sweeps": float(np.mean([output.shallow_sweeps.float().mean().item() for output in outputs])),
         "largest_certificate": max(output.certificate.max().item() for output in outputs),
     }
+
+
+def _through_codec(world: World, videos: UInt8[np.ndarray, "b n h w 3"]) -> UInt8[np.ndarray, "b n h w 3"]:
+    """Whole videos to their clean signals and back."""
+    codec = world.model.codec
+    shown = [codec.frames(codec.signal(video.to(world.device))).cpu() for video in torch.from_numpy(videos).split(1)]
+    return torch.cat(shown).numpy()
 
 
 def denoising(world: World, held_out: Episodes, count: int, seed: int, length: int = 16) -> dict[str, dict[str, float]]:

@@ -54,7 +54,8 @@ def load_world(
     if kind_of(folder) == AdaptedConfig.__name__:
         if not released:
             raise ValueError(
-                f"world: expected one of its own weights, got {folder}, one on a released model. Step it (`gymnasium.make`)."
+                f"world: expected one of its own weights, got {folder}, one on a released model. Step it (`gymnasium.make`), or "
+                "`sfv-world evaluate` it."
             )
         model, about = load_adapted(folder, device)
     else:

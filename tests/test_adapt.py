@@ -17,6 +17,7 @@ from recorded import record
 import sfv_world
 from sfv_world import cli
 from sfv_world.checkpoint import load_tensors
+from sfv_world.evaluation import split_as_trained
 from sfv_world.released.backbone import Backbone
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import Batch
@@ -66,6 +67,18 @@ def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
     env.reset(seed=0)
     frames, reward, _, _, info = env.step(1)
     assert frames.shape == (4, 16, 24, 3) and np.isfinite([reward, info["log_likelihood"]]).all()
+    few = ["--clips", "2", "--rollouts", "2", "--frames", "6", "--context", "3"]
+    cli.main(["evaluate", "--world", str(out), "--data", str(home / "data"), *few])
+    found, card = json.loads((out / "results.json").read_text()), (out / "README.md").read_text()
+    assert (found["density"]["unit"], found["density"]["dimension"], found["rollouts"]["noised"]) == (
+        "step",
+        "latent",
+        False,
+    )
+    assert found["rollouts"]["context"] == 5 and found["rollouts"]["largest_certificate"] < 1e-3
+    steps = sum(-(-(n - 1) // 4) for n in split_as_trained(sfv_world.load_world(out), home / "data")[1].lengths)
+    assert found["outcomes"]["frames"] == steps and (out / "rollouts.png").exists()
+    assert "on the released model in `../../" in card and "--prompt 'a cat'" in card and "the prompt `a cat`" in card
 
 
 def test_the_backbone_stays_bit_for_bit_and_the_adapter_learns(config):

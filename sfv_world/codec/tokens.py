@@ -97,6 +97,10 @@ class Codec(nn.Module):
             )
         return 1 + (frames - 1) // self.time
 
+    def whole(self, frames: int) -> int:
+        """The fewest frames that are whole steps of a video and at least so many."""
+        return 1 + -(-(frames - 1) // self.time) * self.time
+
     def by_step(self, x: Shaped[Tensor, "b n *d"]) -> Shaped[Tensor, "b t time *d"]:
         """What is known of every frame of whole steps, by step; a video's first step has zeros before its only frame."""
         padded = torch.cat([torch.zeros_like(x[:, :1]).repeat_interleave(self.time - 1, dim=1), x], dim=1)

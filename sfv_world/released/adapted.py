@@ -123,6 +123,11 @@ class AdaptedModel(nn.Module):
         """The backbone's."""
         return self.backbone.codec
 
+    @property
+    def token_noise(self) -> Float[Tensor, "c"]:
+        """Standard deviation of the noise in every channel of a token."""
+        return self.config.noise / self.codec.scale
+
     def noised_tokens(
         self,
         frames: UInt8[Tensor, "b n height width 3"],
