@@ -125,10 +125,10 @@ def test_what_is_said_of_imagined_steps_is_that_of_a_parallel_pass(world, denois
         state, output = world.step(state, actions)
         outputs.append(output)
         tokens.append(state.stream.tokens)
-        controls.append(torch.cat([video.chunk[-1].controls for video in state.stream.videos]))
+        controls.append(state.stream.parts[0].chunk[-1].controls)
         assert output.frames.shape == (3, *world.observation_shape) and output.certificate.max() < 1e-3
     model = world.model
-    start = [[torch.cat([video.chunk[n][part] for video in begun.videos]) for n in range(3)] for part in (0, 2)]
+    start = [[begun.parts[0].chunk[n][part] for n in range(3)] for part in (0, 2)]
     whole, told = torch.stack(start[0] + tokens, dim=1), torch.stack(start[1] + controls, dim=1)
     with torch.no_grad():
         for at, before in model.config.chunks(8):
@@ -160,6 +160,33 @@ def test_rows_are_alone_and_copies_go_on_alike(world):
             close(mine[[1, 0, 1]].float(), theirs.float(), atol=1.0 if mine is both.frames else 1e-3)
             close(mine[1:].float(), own.float(), atol=1.0 if mine is both.frames else 1e-3)
     assert not torch.equal(both.frames[0], both.frames[1])
+
+
+def test_rows_at_the_same_place_are_computed_together(world):
+    """Whichever rows begin anew, or in the place of which others, and when: each goes on as it would alone."""
+    state, alone = world.start([3, 4, 5, 6]), [world.start([seed]) for seed in (3, 4, 5, 6)]
+
+    def goes_on(parts):
+        nonlocal state
+        assert len(state.stream.parts) == parts
+        state, output = world.step(state, [1, 2, 1, 0])
+        for row, action in enumerate((1, 2, 1, 0)):
+            alone[row], one = world.step(alone[row], [action])
+            close(output.log_likelihood[row], one.log_likelihood[0], atol=2e-3)
+            close(output.noise[row], one.noise[0])
+            close(output.frames[row].float(), one.frames[0].float(), atol=1.0)
+
+    goes_on(parts=1)
+    for rows, seeds, parts in (((2, 0), (7, 8), 2), ((1,), (9,), 3), ((3, 1, 2), (10, 11, 12), 2)):
+        state.put(np.array(rows), world.start(list(seeds)))
+        for row, seed in zip(rows, seeds, strict=True):
+            alone[row] = world.start([seed])
+        goes_on(parts)
+    state.put(np.array([0]), state[[3]])
+    alone[0] = alone[3][:]
+    goes_on(parts=1)
+    state, alone = state[[2, 2, 0, 1]], [alone[2][:], alone[2], alone[0], alone[1]]
+    goes_on(parts=1)
 
 
 def test_actions_change_what_follows(world):

@@ -7,7 +7,7 @@
 stream needs what they have seen: a `Memory`, passed in and changed in place. A stream in any pieces equals one piece.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,17 +40,19 @@ class Memory:
         return Memory(list(self.features), self.frames)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """All of it, by names that begin with `name`."""
-        kept = {f"{name}.{n}": x for n, x in enumerate(self.features) if isinstance(x, Tensor)}
-        marks = [-1 if f"{name}.{n}" in kept else self.MARKS.index(x) for n, x in enumerate(self.features)]
-        return kept | {f"{name}.marks": torch.tensor(marks), f"{name}.frames": torch.tensor(self.frames)}
+        """What of it are tensors, by names that begin with `name`; videos come first in each."""
+        return {f"{name}.{n}": x for n, x in enumerate(self.features) if isinstance(x, Tensor)}
+
+    @property
+    def outline(self) -> list[int]:
+        """What of it are none: the latent frames so far, and for every feature which of the `MARKS` it is, or -1, a tensor."""
+        return [self.frames, *(-1 if isinstance(x, Tensor) else self.MARKS.index(x) for x in self.features)]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Memory":
-        """The one whose `tensors` are among these."""
-        marks = tensors[f"{name}.marks"].tolist()
-        features = [tensors[f"{name}.{n}"] if mark < 0 else cls.MARKS[int(mark)] for n, mark in enumerate(marks)]
-        return cls(features, int(tensors[f"{name}.frames"]))
+    def of(cls, tensors: Mapping[str, Tensor], name: str, outline: Sequence[int]) -> "Memory":
+        """The one that has these `tensors` and this `outline`."""
+        frames, *marks = outline
+        return cls([tensors[f"{name}.{n}"] if m < 0 else cls.MARKS[m] for n, m in enumerate(marks)], frames)
 
 
 def to_pixels(frames: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b h w 3"]:

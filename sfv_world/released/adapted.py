@@ -10,13 +10,13 @@ video's first frame, so a parallel pass over a video and a stream are the same f
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium as gym
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from sfv_world.released.adapter import ControlAdapter
 from sfv_world.released.backbone import Backbone, fingerprint
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.sampling import SEQUENTIAL, DeepStream, Drawn, Report, ShallowInverse, clean, join
-from sfv_world.released.stream import Past, ReleasedStream, Video
+from sfv_world.released.stream import Past, ReleasedStream, Videos
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,9 @@ class AdaptedModel(nn.Module):
         report: bool = False,
     ) -> tuple[ReleasedStream, None]:
         """Reads videos that begin here; rows have no clock in common, whatever `clock`, and nothing is reported."""
-        videos = []
-        for row in range(len(frames)):
-            video = Video()
-            self._read(video, *(x[row : row + 1] for x in (frames, normal, controls)))
-            videos.append(video)
-        return ReleasedStream(videos), None
+        videos = Videos(np.arange(len(frames)))
+        self._read(videos, frames, normal, controls)
+        return ReleasedStream([videos]), None
 
     def read_frame(
         self,
@@ -187,15 +184,15 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: if frames of a row were imagined, which the encoder, that looks back in time, has not seen.
         """
-        if rows := [row for row, video in enumerate(stream.videos) if not video.observed]:
+        if rows := sorted(row for videos in stream.parts if not videos.observed for row in videos.rows.tolist()):
             raise ValueError(
                 f"state: expected rows all of whose frames were observed, since the codec looks back in time; got imagined ones in "
                 f"rows {rows}. Reset to the frames."
             )
-        return _of_rows(
-            self._read(video, *(x[row : row + 1] for x in (frames, normal, controls[:, None])))
-            for row, video in enumerate(stream.videos)
-        )
+        given, reports = (frames, normal, controls[:, None]), []
+        for videos in stream.parts:
+            reports.append(self._read(videos, *(stream.of_part(videos, x) for x in given)))
+        return _joined(stream, reports)
 
     def imagine_frame(
         self,
@@ -205,22 +202,23 @@ class AdaptedModel(nn.Module):
         decoding: DecodingConfig,
         unguided: Float[Tensor, "b m d"] | None = None,
     ) -> FrameReport:
-        """Decodes the latent frame of the next step from its noise, row by row."""
-        return _of_rows(
-            self._imagine(video, noise[row : row + 1], controls[row : row + 1], decoding)
-            for row, video in enumerate(stream.videos)
-        )
+        """Decodes the latent frame of the next step from its noise."""
+        reports = []
+        for videos in stream.parts:
+            z, told = (stream.of_part(videos, x) for x in (noise, controls))
+            reports.append(self._imagine(videos, z, told, decoding))
+        return _joined(stream, reports)
 
     def stream_of(self, tensors: Mapping[str, Tensor], clock: int) -> ReleasedStream:
         """The stream whose `tensors` are among these; rows have no clock in common, whatever `clock`."""
         tokens = self.config.chunk * math.prod(self.codec.config.grid)
-        return ReleasedStream.of(tensors, partial(self.flow.block(-1).new_cache, 1, self.text.shape[1] + tokens))
+        return ReleasedStream.of(tensors, lambda rows: self.flow.block(-1).new_cache(rows, self.text.shape[1] + tokens))
 
     def show(
         self, stream: ReleasedStream, features: Float[Tensor, "b l w"], clean: bool
     ) -> UInt8[Tensor, "b *time height width 3"]:
         """The frames of the step that was decoded last, with their noise or cleaned by the chunk so far; to be asked for once."""
-        frames = torch.cat([self._show(video, clean) for video in stream.videos])
+        frames = stream.joined([self._show(videos, clean) for videos in stream.parts])
         return frames if self.codec.time > 1 else frames[:, 0]
 
     def check_decoding(self, config: DecodingConfig, name: str) -> None:
@@ -239,66 +237,68 @@ class AdaptedModel(nn.Module):
     @torch.no_grad()
     def _read(
         self,
-        video: Video,
-        frames: UInt8[Tensor, "1 n height width 3"],
-        normal: Float[Tensor, "1 t h w k"],
-        controls: Float[Tensor, "1 t m d"],
+        videos: Videos,
+        frames: UInt8[Tensor, "b n height width 3"],
+        normal: Float[Tensor, "b t h w k"],
+        controls: Float[Tensor, "b t m d"],
     ) -> FrameReport:
-        """Reads frames of one video; the report is of the last step."""
-        signal = self.codec.signal(frames, memory=video.seen)
-        self.codec.frames(signal, video.shown)  # what is imagined later is shown as following these
+        """Reads frames of videos that are together; the report is of the last step."""
+        signal = self.codec.signal(frames, memory=videos.seen)
+        self.codec.frames(signal, videos.shown)  # what is imagined later is shown as following these
         for tokens, told in zip(
             self.codec.encode(signal + self.config.noise * normal).unbind(1), controls.unbind(1), strict=True
         ):
             latents, stages = self.flow.within_frames(tokens, self.codec.config.grid)
-            drawn = self._deep(video, told).read(latents[:, None])
-            video.chunk.append(Past(tokens, latents, told))
-            video.shallow = dict(enumerate(stages))
+            drawn = self._deep(videos, told).read(latents[:, None])
+            videos.chunk.append(Past(tokens, latents, told))
+            videos.shallow = dict(enumerate(stages))
         once = torch.full_like(drawn.report.sweeps, len(stages))
         shallow = Report(self.flow.log_det(stages, tokens), once, torch.zeros_like(drawn.report.certificate))
         return _frame_report(drawn, shallow)
 
     @torch.no_grad()
     def _imagine(
-        self, video: Video, noise: Float[Tensor, "1 l c"], controls: Float[Tensor, "1 m d"], decoding: DecodingConfig
+        self, videos: Videos, noise: Float[Tensor, "b l c"], controls: Float[Tensor, "b m d"], decoding: DecodingConfig
     ) -> FrameReport:
-        drawn = self._deep(video, controls, decoding).draw(noise)
-        inverse = ShallowInverse(self.flow, self.codec.config.grid, decoding, video.shallow)
+        drawn = self._deep(videos, controls, decoding).draw(noise)
+        inverse = ShallowInverse(self.flow, self.codec.config.grid, decoding, videos.shallow)
         tokens, shallow = inverse(drawn.latents)
-        video.chunk.append(Past(tokens, drawn.latents, controls))
-        video.shallow, video.observed = inverse.previous, False
+        videos.chunk.append(Past(tokens, drawn.latents, controls))
+        videos.shallow, videos.observed = inverse.previous, False
         return _frame_report(drawn, shallow)
 
-    def _show(self, video: Video, clean_first: bool) -> UInt8[Tensor, "1 time height width 3"]:
-        tokens = video.chunk[-1].tokens[:, None]
+    def _show(self, videos: Videos, clean_first: bool) -> UInt8[Tensor, "b time height width 3"]:
+        tokens = videos.chunk[-1].tokens[:, None]
         if clean_first:
-            chunk, _, controls = (torch.stack(part, dim=1) for part in zip(*video.chunk, strict=True))
+            chunk, _, controls = (torch.stack(part, dim=1) for part in zip(*videos.chunk, strict=True))
             told = self.adapter.told(controls, self.text.shape[1])
-            tokens = clean(self.flow, chunk, self.text, self.codec.config.grid, self.config.noise, told)[:, -1:]
-        return self.codec.frames(self.codec.decode(tokens), video.shown)
+            tokens = clean(self.flow, chunk, self._text(len(chunk)), self.codec.config.grid, self.config.noise, told)[
+                :, -1:
+            ]
+        return self.codec.frames(self.codec.decode(tokens), videos.shown)
 
     def _deep(
-        self, video: Video, controls: Float[Tensor, "1 m d"], decoding: DecodingConfig = SEQUENTIAL
+        self, videos: Videos, controls: Float[Tensor, "b m d"], decoding: DecodingConfig = SEQUENTIAL
     ) -> DeepStream:
-        """The deep block at a video's next frame, told of its controls; restarted where a chunk is full."""
-        if len(video.chunk) == self.config.chunk:
-            video.chunk = video.chunk[-self.config.context :]
-            video.deep = None  # its keys and values go before there are new ones
-            for past in video.chunk:
-                self._deep(video, past.controls).read(past.latents[:, None])
-        grid, frames = self.codec.config.grid, self.config.chunk
-        stream = DeepStream(self.flow, self.text, grid, frames, decoding=decoding, state=video.deep)
+        """The deep block at the next frame of videos, told of its controls; restarted where their chunk is full."""
+        if len(videos.chunk) == self.config.chunk:
+            videos.chunk = videos.chunk[-self.config.context :]
+            videos.deep = None  # its keys and values go before there are new ones
+            for past in videos.chunk:
+                self._deep(videos, past.controls).read(past.latents[:, None])
+        grid, frames, text = self.codec.config.grid, self.config.chunk, self._text(len(controls))
+        stream = DeepStream(self.flow, text, grid, frames, decoding=decoding, state=videos.deep)
         stream.block.told = self.adapter.told(controls[:, None])
-        video.deep = stream.state
+        videos.deep = stream.state
         return stream
 
     def _text(self, rows: int) -> Float[Tensor, "b k e"]:
         return self.text.expand(rows, -1, -1)
 
 
-def _of_rows(reports: Iterable[FrameReport]) -> FrameReport:
-    """The report of all rows from those of single ones."""
-    return FrameReport(*(torch.cat(parts) for parts in zip(*reports, strict=True)))
+def _joined(stream: ReleasedStream, reports: list[FrameReport]) -> FrameReport:
+    """The report of all rows from those of the stream's parts."""
+    return FrameReport(*(stream.joined(parts) for parts in zip(*reports, strict=True)))
 
 
 def _frame_report(drawn: Drawn, shallow: Report) -> FrameReport:

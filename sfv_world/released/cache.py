@@ -23,6 +23,19 @@ class SequenceCache:
         """One that goes on from here on its own."""
         return SequenceCache(self.keys.clone(), self.values.clone(), self.length)
 
+    def empty(self, rows: int) -> "SequenceCache":
+        """One like it of so many rows, in which nothing is known."""
+        layers, _, *shape = self.keys.shape
+        keys, values = (x.new_empty(layers, rows, *shape) for x in (self.keys, self.values))
+        return SequenceCache(keys, values)
+
+    def fill(
+        self, keys: Float[Tensor, "layers rows heads n head_dim"], values: Float[Tensor, "layers rows heads n head_dim"]
+    ) -> None:
+        """Makes these the known slots."""
+        self.length = keys.shape[3]
+        self.keys[..., : self.length, :], self.values[..., : self.length, :] = keys, values
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Writes keys and values of the slots that follow the known ones; each query sees all up to itself."""
         end = self.length + k.shape[2]

@@ -1,15 +1,17 @@
-"""A released model as a world's streams: where videos stand, each on its own, and copies of it.
+"""A released model as a world's streams: where videos stand, those at the same place together, and copies of them.
 
 The model attends to all frames of a chunk, at whole-numbered times from its first one, so videos that began at different steps
-do not share a clock: each has its own caches and is computed alone. Chunks restart as in `clips`.
+do not share a clock. Those that did are one batch: a pass of the deep block reads its weights once for all of them. Chunks
+restart as in `clips`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sfv_world.codec.vae import Memory
@@ -17,23 +19,26 @@ from sfv_world.flow.shallow import Stage
 from sfv_world.released.cache import SequenceCache
 from sfv_world.released.sampling import DeepState
 from sfv_world.released.solver import BlockState
+from sfv_world.transfer import to_device
 
 
 class Past(NamedTuple):
     """A frame of the chunk so far."""
 
-    tokens: Float[Tensor, "1 l c"]
+    tokens: Float[Tensor, "b l c"]
     """Noised tokens."""
-    latents: Float[Tensor, "1 l c"]
+    latents: Float[Tensor, "b l c"]
     """u, after the shallow blocks."""
-    controls: Float[Tensor, "1 k d"]
+    controls: Float[Tensor, "b k d"]
     """Control tokens of what led to it."""
 
 
 @dataclass
-class Video:
-    """Where one video stands."""
+class Videos:
+    """Where videos stand that are at the same place of their chunks."""
 
+    rows: Int[np.ndarray, "b"]
+    """Which rows of the stream they are."""
     deep: DeepState | None = None
     """What the deep block has read: the chunk so far; none before it is asked."""
     chunk: list[Past] = field(default_factory=list)
@@ -45,45 +50,74 @@ class Video:
     shown: Memory = field(default_factory=Memory)
     """The decoder's."""
     observed: bool = True
-    """Whether the encoder has seen all of it."""
+    """Whether the encoder has seen all of them."""
 
-    def copy(self) -> "Video":
-        """One that goes on from here on its own."""
-        deep, memories = self.deep and self.deep.copy(), (self.seen.copy(), self.shown.copy())
-        return Video(deep, list(self.chunk), dict(self.shallow), *memories, self.observed)
+    @property
+    def place(self) -> Hashable:
+        """What videos must have in common to be together."""
+        return self.observed, frozenset((name, tensor.shape[1:]) for name, tensor in self.tensors().items())
+
+    @property
+    def outline(self) -> dict[str, list[int]]:
+        """What they have in common besides, by name."""
+        return {"seen": self.seen.outline, "shown": self.shown.outline, "observed": [int(self.observed)]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name."""
+        """All that each video has of its own, by name, videos first."""
         assert self.deep is not None and self.deep.previous is not None, "whoever has a stream has read a frame"
         cache = self.deep.block.cache
-        known = {"keys": cache.keys[..., : cache.length, :], "values": cache.values[..., : cache.length, :]}
+        keys, values = (x[..., : cache.length, :].transpose(0, 1) for x in (cache.keys, cache.values))
         chunk = (torch.stack(part, dim=1) for part in zip(*self.chunk, strict=True))
-        tensors = known | dict(zip(Past._fields, chunk, strict=True)) | {"observed": torch.tensor(self.observed)}
-        tensors |= self.deep.previous.tensors("deep")
-        for index, stage in self.shallow.items():
-            tensors |= stage.tensors(f"shallow.{index}")
+        tensors = {"keys": keys, "values": values, **dict(zip(Past._fields, chunk, strict=True))}
+        for name, stage in (
+            ("deep", self.deep.previous),
+            *((f"shallow.{n}", stage) for n, stage in self.shallow.items()),
+        ):
+            tensors |= stage.tensors(name)
         return tensors | self.seen.tensors("seen") | self.shown.tensors("shown")
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], cache: SequenceCache) -> "Video":
-        """The one whose `tensors` these are; `cache` is an empty one."""
-        keys, values = tensors["keys"], tensors["values"]
-        cache.length = keys.shape[3]
-        cache.keys[..., : cache.length, :], cache.values[..., : cache.length, :] = keys, values
+    def of(
+        cls,
+        rows: Int[np.ndarray, "b"],
+        tensors: Mapping[str, Tensor],
+        outline: Mapping[str, list[int]],
+        cache: SequenceCache,
+    ) -> "Videos":
+        """Those whose `tensors` and `outline` these are; `cache` is an empty one."""
         previous = Stage.of(tensors, "deep")
+        cache.fill(tensors["keys"].transpose(0, 1), tensors["values"].transpose(0, 1))
         deep = DeepState(BlockState(cache, previous.tokens[:, -1:]), previous)
         chunk = [Past(*parts) for parts in zip(*(tensors[name].unbind(1) for name in Past._fields), strict=True)]
         count = sum(name.startswith("shallow.") and name.endswith(".mu") for name in tensors)
         shallow = {index: Stage.of(tensors, f"shallow.{index}") for index in range(count)}
-        memories = Memory.of(tensors, "seen"), Memory.of(tensors, "shown")
-        return cls(deep, chunk, shallow, *memories, bool(tensors["observed"]))
+        seen, shown = (Memory.of(tensors, name, outline[name]) for name in ("seen", "shown"))
+        return cls(rows, deep, chunk, shallow, seen, shown, bool(outline["observed"][0]))
+
+    def select(self, index: Int[np.ndarray, "n"], rows: Int[np.ndarray, "n"]) -> "Videos":
+        """Copies of some of them, which go on from here on their own, as the given rows."""
+        where = to_device(index, self.chunk[-1].tokens.device)
+        return self._with(rows, {name: tensor[where] for name, tensor in self.tensors().items()})
+
+    def join(self, others: Sequence["Videos"]) -> "Videos":
+        """These and others at the same place, together."""
+        if not others:
+            return self
+        first, *rest = (videos.tensors() for videos in (self, *others))
+        joined = {name: torch.cat([tensor, *(other[name] for other in rest)]) for name, tensor in first.items()}
+        return self._with(np.concatenate([self.rows, *(videos.rows for videos in others)]), joined)
+
+    def _with(self, rows: Int[np.ndarray, "n"], tensors: Mapping[str, Tensor]) -> "Videos":
+        assert self.deep is not None, "whoever has a stream has read a frame"
+        return Videos.of(rows, tensors, self.outline, self.deep.block.cache.empty(len(rows)))
 
 
 @dataclass
 class ReleasedStream:
     """All that the next frames of rows depend on."""
 
-    videos: list[Video]
+    parts: list[Videos]
+    """Those that are together."""
 
     clock = 0
     """Rows have none in common: any may join any others."""
@@ -91,27 +125,65 @@ class ReleasedStream:
     @property
     def tokens(self) -> Float[Tensor, "b l c"]:
         """Last frame's noised tokens."""
-        return torch.cat([video.chunk[-1].tokens for video in self.videos])
+        return self.joined([videos.chunk[-1].tokens for videos in self.parts])
+
+    def of_part(self, videos: Videos, tensor: Shaped[Tensor, "b *d"]) -> Shaped[Tensor, "n *d"]:
+        """What of a tensor, rows first, is of these videos."""
+        return tensor if self._in_order else tensor[to_device(videos.rows, tensor.device)]
+
+    def joined(self, tensors: Sequence[Shaped[Tensor, "_ *d"]]) -> Shaped[Tensor, "b *d"]:
+        """What is known of each part, by row."""
+        if self._in_order:
+            return tensors[0]
+        order = np.argsort(np.concatenate([videos.rows for videos in self.parts]))
+        return torch.cat(list(tensors))[to_device(order, tensors[0].device)]
 
     def rows(self, rows: Int[Tensor, "n"]) -> "ReleasedStream":
         """A copy of the given rows (selected, repeated, reordered)."""
-        return ReleasedStream([self.videos[row].copy() for row in rows.tolist()])
+        wanted, parts = rows.cpu().numpy(), []
+        for videos in self.parts:
+            row, index = np.nonzero(wanted[:, None] == videos.rows)
+            if len(row):
+                parts.append(videos.select(index, row))
+        return ReleasedStream(parts)
 
     def put(self, rows: Int[Tensor, "n"], other: "ReleasedStream") -> None:
-        """Replaces the given rows by those of `other`."""
-        for row, video in zip(rows.tolist(), other.videos, strict=True):
-            self.videos[row] = video
+        """Replaces the given rows by those of `other`, which is used up."""
+        replaced = rows.cpu().numpy()
+        parts = [replace(videos, rows=replaced[videos.rows]) for videos in other.parts]
+        for videos in self.parts:
+            stay = np.flatnonzero(~np.isin(videos.rows, replaced))
+            if len(stay) == len(videos.rows):
+                parts.append(videos)
+            elif len(stay):
+                parts.append(videos.select(stay, videos.rows[stay]))
+        together: dict[Hashable, list[Videos]] = {}
+        for videos in parts:
+            together.setdefault(videos.place, []).append(videos)
+        self.parts = [first.join(others) for first, *others in together.values()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of all of it, by name: rows may share tensors, files cannot."""
-        rows = enumerate(video.tensors() for video in self.videos)
-        return {f"{row}.{name}": tensor.clone() for row, tensors in rows for name, tensor in tensors.items()}
+        """Copies of all of it, by name."""
+        tensors: dict[str, Tensor] = {}
+        for number, videos in enumerate(self.parts):
+            outline = {f"outline.{name}": torch.tensor(values) for name, values in videos.outline.items()}
+            own = {**videos.tensors(), **outline, "rows": torch.from_numpy(videos.rows)}
+            tensors |= {f"{number}.{name}": tensor.clone() for name, tensor in own.items()}
+        return tensors
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], new_cache: Callable[[], SequenceCache]) -> "ReleasedStream":
-        """The one whose `tensors` are among these; `new_cache` makes the deep block's, of a row."""
-        count, videos = sum(name.endswith(".observed") for name in tensors), []
-        for row in range(count):
-            own = {name.removeprefix(f"{row}."): x for name, x in tensors.items() if name.startswith(f"{row}.")}
-            videos.append(Video.of(own, new_cache()))
-        return cls(videos)
+    def of(cls, tensors: Mapping[str, Tensor], new_cache: Callable[[int], SequenceCache]) -> "ReleasedStream":
+        """The one whose `tensors` are among these; `new_cache` makes the deep block's, of so many rows."""
+        parts: list[Videos] = []
+        while f"{len(parts)}.rows" in tensors:
+            lead = f"{len(parts)}."
+            own = {name.removeprefix(lead): x for name, x in tensors.items() if name.startswith(lead)}
+            outline = {name: own[f"outline.{name}"].tolist() for name in ("seen", "shown", "observed")}
+            rows = own["rows"].cpu().numpy()
+            parts.append(Videos.of(rows, own, outline, new_cache(len(rows))))
+        return cls(parts)
+
+    @property
+    def _in_order(self) -> bool:
+        first = self.parts[0].rows
+        return len(self.parts) == 1 and np.array_equal(first, np.arange(len(first)))
