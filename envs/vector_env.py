@@ -55,7 +55,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
     """A batch of learned worlds: `gymnasium.make_vec("sfv_world/World-v0", num_envs=32, world=...)`.
 
     Spaces, rewards, terminations and infos are those of `WorldEnv`, batched as Gymnasium does it. Rows of a world on a released
-    model are computed one after the other, each with its own caches.
+    model are one batch while they are at the same place of their chunks, as those are that began at the same step.
 
     Args:
         num_envs: rows.
