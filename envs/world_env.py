@@ -244,16 +244,16 @@ def open_world(
         world = load_world(world, device or "cpu", dtype=dtype or torch.float32)
     elif dtype is not None:
         raise ValueError(f"dtype: expected None for a world that is loaded, got {dtype}. Give it to load_world.")
-    elif device is not None and not _is(torch.device(device), world.device):
+    elif device is not None and str(device) not in _names(world.device):
         raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
     own = copy.copy(world)
     own.decoding = replace(world.decoding, **decoding)
     return own, float(world.about.get("data", {}).get("fps") or 10) / world.time
 
 
-def _is(asked: torch.device, here: torch.device) -> bool:
-    """Whether a device is the one asked for, or any of the type where no index is asked for; the CPU is the first of its type."""
-    return asked.type == here.type and asked.index in (None, here.index or 0)
+def _names(device: torch.device) -> tuple[str, str]:
+    """What a device may be called: its type alone, too; the CPU is the first of its type."""
+    return device.type, f"{device.type}:{device.index or 0}"
 
 
 def check_state_is_of(world: World, state: WorldState, checksum: int) -> None:

@@ -347,6 +347,7 @@ def test_one_observed_frame_is_enough(env):
         ({"render_mode": "ansi"}, "render_mode: expected None, 'human' or 'rgb_array', got 'ansi'"),
         ({"device": "meta"}, "device: expected cpu, where the world is, got meta"),
         ({"device": "cpu:1"}, "device: expected cpu, where the world is, got cpu:1"),
+        ({"device": "somewhere"}, "device: expected cpu, where the world is, got somewhere"),
         ({"temperature": -1.0}, "temperature: expected at least 0, got -1"),
         ({"max_sweeps": 0}, "max_sweeps: expected None or at least 1, got 0"),
     ],
