@@ -35,6 +35,7 @@ class HeldRandomPolicy:
     Args:
         action_space: where actions are drawn from; the policy works on a copy with a generator of its own.
         hold: least and greatest number of steps an action is held, both included; drawn uniformly.
+        stride: actions change only at multiples of so many steps, and `hold` counts in them.
         seed: seed of the actions and of the holding times.
 
     Raises:
@@ -47,11 +48,13 @@ class HeldRandomPolicy:
         (1, 1)
     """
 
-    def __init__(self, action_space: gym.Space[Any], hold: tuple[int, int] = (1, 8), seed: int | None = None):
+    def __init__(
+        self, action_space: gym.Space[Any], hold: tuple[int, int] = (1, 8), seed: int | None = None, *, stride: int = 1
+    ):
         if not 1 <= hold[0] <= hold[1]:
             raise ValueError(f"hold: expected 1 <= least <= greatest number of steps, got {hold}.")
         self._space = copy.deepcopy(action_space)
-        self._hold = hold
+        self._hold, self._stride = hold, stride
         self._rng = np.random.default_rng()
         self.reset(seed)
 
@@ -64,7 +67,7 @@ class HeldRandomPolicy:
     def __call__(self, observation: Any) -> Any:
         if self._remaining == 0:
             self._action = self._space.sample()
-            self._remaining = int(self._rng.integers(self._hold[0], self._hold[1] + 1))
+            self._remaining = self._stride * int(self._rng.integers(self._hold[0], self._hold[1] + 1))
         self._remaining -= 1
         return self._action
 

@@ -1,6 +1,6 @@
 """The demo: plays a real game for a while, steps a world from the same beginning, and shows both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class DemoConfig:
     frames: int = 48
     """Frames to imagine of each, at most."""
     context: int = 8
-    """Real frames the world observes first."""
+    """Real frames the world observes first; up to whole steps, where those have several frames."""
     seed: int = 1
     """Seed of the real game, its random actions and the world."""
     device: str = DEVICE
@@ -54,8 +54,9 @@ def demo(config: DemoConfig) -> Path:
     Raises:
         ValueError: if the real environment is not known, or its episodes are too short.
     """
-    world = load_world(config.world, config.device, released=False)
-    denoise = "lookahead" if world.model.denoiser else "none"
+    world = load_world(config.world, config.device)
+    config = replace(config, context=world.model.codec.whole(config.context))
+    denoise = "lookahead" if world.model.denoiser else world.decoding.denoise
     env = gym.make("sfv_world/World-v0", world=world, denoise=denoise)
     recipe = world.about.get("data", {}).get("recipe", {"env": None, "frame_skip": 1, "hold": CollectConfig.hold})
     name, (height, width, _) = config.env or recipe["env"], world.frame_shape
@@ -68,9 +69,10 @@ def demo(config: DemoConfig) -> Path:
     real = ResizeObservation(real, (height, width))
     steps = config.context + config.frames
     recording = CollectConfig(env=name, out=config.out, seed=config.seed, max_episode_steps=steps)
+    least, greatest = (-(-steps // world.time) for steps in recipe["hold"])
     pairs = []
     for index in range(config.episodes):
-        policy = HeldRandomPolicy(real.action_space, tuple(recipe["hold"]))
+        policy = HeldRandomPolicy(real.action_space, (least, greatest), stride=world.time)
         episode = record_episode(real, policy, recording, index)
         frames, actions = np.asarray(episode.observations), episode.actions
         last = len(frames) - 1
@@ -82,7 +84,7 @@ def demo(config: DemoConfig) -> Path:
     if not pairs:
         raise ValueError(f"context: expected fewer frames than the real episodes have, got {config.context}.")
     film = np.stack([_same_length([imagined, real], config.frames) for imagined, real in pairs])
-    fps = env.metadata["render_fps"]
+    fps = env.metadata["render_fps"] * world.time
     write_video(config.out / "demo.mp4", rearrange(film, "e two n h w c -> n (two h) (e w) c"), fps)
     chosen = film[:, :, np.linspace(0, config.frames - 1, 16).astype(int)]
     write_image(config.out / "demo.png", rearrange(chosen, "e two n h w c -> (e two h) (n w) c"))
@@ -93,23 +95,24 @@ def demo(config: DemoConfig) -> Path:
 def _imagine(
     env: gym.Env[Any, Any], frames: np.ndarray, actions: Actions, config: DemoConfig, index: int, last: int
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """Resets to the beginning of a real episode and steps on with its actions, to the end of either.
+    """Resets to the beginning of a real episode and steps on with its actions, held for whole steps, to the end of either.
 
     With look-ahead, the first step tells of the last observed frame, and one more step of the last imagined one.
     """
     past = {"frames": frames[: config.context], "actions": take(actions, np.s_[: config.context - 1])}
     env.reset(seed=config.seed + index, options=past)
     imagined: list[np.ndarray] = []
+    time = env.unwrapped.world.time  # type: ignore[attr-defined]
     bar = tqdm(total=last - config.context, desc=f"episode {index}", unit="frame")
     number = config.context - 1
     while len(imagined) < last - config.context:
         frame, reward, terminated, truncated, info = env.step(take(actions, min(number, last - 2)))
-        number += 1
+        number += time
         shown = number - info["frames_behind"]
         if shown < config.context:
             continue
-        imagined.append(frame)
-        bar.update()
+        imagined.extend(frame.reshape(-1, *frames.shape[1:]))
+        bar.update(time)
         tqdm.write(
             f"frame {shown:3d}  log-likelihood {info['log_likelihood']:9.1f} nats  {info['bits_per_dim']:6.3f} bits/dim  "
             f"sweeps {info['sweeps']}  certificate {info['certificate']:.1e}  reward {reward:6.1f}  "
@@ -118,7 +121,7 @@ def _imagine(
         if terminated or truncated:
             break
     bar.close()
-    return np.stack(imagined)
+    return np.stack(imagined[: last - config.context])
 
 
 def _same_length(films: list[np.ndarray], frames: int) -> UInt8[np.ndarray, "k n h w 3"]:

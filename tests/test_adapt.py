@@ -6,17 +6,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
+import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from adapted import DISCRETE, make_backbone
 from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import TransformAction
 from recorded import record
 
 import sfv_world
-from sfv_world import cli
+from sfv_world import World, cli
 from sfv_world.checkpoint import load_tensors
+from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import split_as_trained
 from sfv_world.released.backbone import Backbone
 from sfv_world.training.config import TrainConfig
@@ -79,6 +83,24 @@ def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
     steps = sum(-(-(n - 1) // 4) for n in split_as_trained(sfv_world.load_world(out), home / "data")[1].lengths)
     assert found["outcomes"]["frames"] == steps and (out / "rollouts.png").exists()
     assert "on the released model in `../../" in card and "--prompt 'a cat'" in card and "the prompt `a cat`" in card
+
+
+def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config, tmp_path, monkeypatch):
+    train(replace(config, steps=1))
+
+    def make(render_mode=None):
+        return TransformAction(gym.make("CartPole-v1", render_mode=render_mode), lambda _: 0, DISCRETE)
+
+    gym.register("Three-v0", make)
+    monkeypatch.setitem(gym.registry, "Three-v0", gym.registry.pop("Three-v0"))
+    told, step = [], World.step
+    monkeypatch.setattr(World, "step", lambda self, state, action: told.append(action) or step(self, state, action))
+    demo(DemoConfig(str(config.out), tmp_path / "demo", env="Three-v0", episodes=2, frames=7, context=2))
+    with av.open(str(tmp_path / "demo/demo.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 7
+        assert film.streams.video[0].average_rate == 10
+    assert cv2.imread(str(tmp_path / "demo/demo.png")).shape == (2 * 2 * 16, 16 * 24, 3)
+    assert 2 <= len(told) <= 4  # CartPole falls after eight to ten frames: five are context
 
 
 def test_the_backbone_stays_bit_for_bit_and_the_adapter_learns(config):
