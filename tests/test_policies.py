@@ -31,6 +31,12 @@ def test_held_random_policy(space: spaces.Space) -> None:
     assert np.abs(counts[2:6] / len(lengths) - 0.25).max() < 0.04
 
 
+def test_a_stride_holds_actions_for_whole_strides() -> None:
+    policy = HeldRandomPolicy(spaces.Box(-1, 1), hold=(1, 3), seed=0, stride=4)
+    lengths = run_lengths(policy, 400)
+    assert set(lengths) == {4, 8, 12}
+
+
 def test_seed_decides_everything() -> None:
     space = spaces.Discrete(5)
     space.seed(9)
