@@ -187,6 +187,7 @@ def test_rows_at_the_same_place_are_computed_together(world):
     goes_on(parts=1)
     state, alone = state[[2, 2, 0, 1]], [alone[2][:], alone[2], alone[0], alone[1]]
     goes_on(parts=1)
+    assert len(state[[]]) == len(state[[]].stream.tokens) == 0
 
 
 def test_actions_change_what_follows(world):

@@ -19,10 +19,6 @@ class SequenceCache:
     values: Float[Tensor, "layers rows heads slots head_dim"]
     length: int = 0
 
-    def copy(self) -> "SequenceCache":
-        """One that goes on from here on its own."""
-        return SequenceCache(self.keys.clone(), self.values.clone(), self.length)
-
     def empty(self, rows: int) -> "SequenceCache":
         """One like it of so many rows, in which nothing is known."""
         layers, _, *shape = self.keys.shape

@@ -57,10 +57,6 @@ class DeepState:
     previous: Stage | None = None
     """The last frame in it, to draft from."""
 
-    def copy(self) -> "DeepState":
-        """One that goes on from here on its own."""
-        return DeepState(self.block.copy(), self.previous)
-
 
 class DeepStream:
     """The deep block over a video: noise -> latents u, one frame after the other.

@@ -29,10 +29,6 @@ class BlockState:
     before: Float[Tensor, "b 1 c"]
     """What the next slot carries: the last token."""
 
-    def copy(self) -> "BlockState":
-        """One that goes on from here on its own."""
-        return BlockState(self.cache.copy(), self.before)
-
 
 class BlockStream:
     """A block and what it has read so far: sequences with a learned first slot, after their text if the block reads any.

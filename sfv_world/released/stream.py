@@ -69,11 +69,9 @@ class Videos:
         keys, values = (x[..., : cache.length, :].transpose(0, 1) for x in (cache.keys, cache.values))
         chunk = (torch.stack(part, dim=1) for part in zip(*self.chunk, strict=True))
         tensors = {"keys": keys, "values": values, **dict(zip(Past._fields, chunk, strict=True))}
-        for name, stage in (
-            ("deep", self.deep.previous),
-            *((f"shallow.{n}", stage) for n, stage in self.shallow.items()),
-        ):
-            tensors |= stage.tensors(name)
+        tensors |= self.deep.previous.tensors("deep")
+        for index, stage in self.shallow.items():
+            tensors |= stage.tensors(f"shallow.{index}")
         return tensors | self.seen.tensors("seen") | self.shown.tensors("shown")
 
     @classmethod
@@ -143,7 +141,7 @@ class ReleasedStream:
         wanted, parts = rows.cpu().numpy(), []
         for videos in self.parts:
             row, index = np.nonzero(wanted[:, None] == videos.rows)
-            if len(row):
+            if len(row) or not len(wanted):
                 parts.append(videos.select(index, row))
         return ReleasedStream(parts)
 
