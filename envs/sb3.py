@@ -31,6 +31,10 @@ class WorldVecEnv(VecEnv):
     """
 
     def __init__(self, envs: WorldVectorEnv):
+        if not isinstance(envs, WorldVectorEnv):
+            raise ValueError(
+                f"envs: expected a WorldVectorEnv, as `gymnasium.make_vec` makes it, got {type(envs).__name__}."
+            )
         if envs.autoreset_mode is not AutoresetMode.SAME_STEP or envs.output != "numpy":
             raise ValueError(
                 "envs: expected autoreset_mode='SameStep' and output='numpy', as Stable-Baselines3 does it, got "

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sfv_world.control.spaces import map_actions
-from sfv_world.envs.world_env import check_state_is_of, open_world, step_info, warn_if_unconverged
+from sfv_world.envs.world_env import open_world, step_info, warn_if_unconverged
 from sfv_world.state import WorldOutput, WorldState
 from sfv_world.transfer import Fetch, to_device, to_host
 from sfv_world.world import World
@@ -41,14 +41,12 @@ class RowsState:
     """Whether each row's episode has ended."""
     generators: list[np.random.Generator]
     """What seeds each row's later episodes."""
-    world: int
-    """Checksum of the world that the state belongs to."""
 
     def __getitem__(self, rows: Any) -> "RowsState":
         """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
         index = np.atleast_1d(np.arange(len(self.rows))[rows])
         generators = copy.deepcopy([self.generators[row] for row in index])
-        return RowsState(self.rows[index], self.steps[index], self.ended[index], generators, self.world)
+        return RowsState(self.rows[index], self.steps[index], self.ended[index], generators)
 
 
 class WorldVectorEnv(VectorEnv[Any, Any, Any]):
@@ -64,9 +62,9 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
         render_mode: None or "rgb_array".
         max_episode_steps: steps after which a row is truncated; none: never.
-        autoreset_mode: when a row that ended begins anew: at the next step (default), at the same step (its last frame and info
-            are then in `info["final_obs"]` and `info["final_info"]`), or only when `reset` is called for it ("Disabled"; so it
-            must be where the world has no start frames).
+        autoreset_mode: when a row that ended begins anew: at the next step ("NextStep", the default), at the same step ("SameStep":
+            its last frame and info are then in `info["final_obs"]` and `info["final_info"]`), or only when `reset` is called for
+            it ("Disabled"; so it must be where the world has no start frames).
         output: "numpy" arrays, or "torch" tensors that stay on the world's device (observations, rewards, terminations,
             truncations and infos). On a GPU, a step then returns before it is computed, unless rows that end are to begin anew
             in the same step; which rows ended, and warnings, are taken in by the step after it. Actions and options may be
@@ -93,8 +91,12 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         output: str = "numpy",
         **decoding: Any,
     ):
-        if num_envs < 1:
-            raise ValueError(f"num_envs: expected at least 1, got {num_envs}.")
+        for name, count in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
+            if not (isinstance(count, int | np.integer) and count >= 1) and (name, count) != (
+                "max_episode_steps",
+                None,
+            ):
+                raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}.")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}.")
         if output not in ("numpy", "torch"):
@@ -102,6 +104,9 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self.world, fps = open_world(world, device, dtype, decoding)
         self.num_envs, self.render_mode, self.output = num_envs, render_mode, output
         self.max_episode_steps = max_episode_steps
+        if autoreset_mode not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
+            modes = ", ".join(repr(mode.value) for mode in AutoresetMode)
+            raise ValueError(f"autoreset_mode: expected one of {modes}, got {autoreset_mode!r}.")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         if self.world.starts is None and self.autoreset_mode is not AutoresetMode.DISABLED:
             raise ValueError(
@@ -166,6 +171,10 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             raise ResetNeeded(
                 f"step: expected episodes that go on, got ended ones in rows {rows}. Reset them (reset_mask)."
             )
+        if actions is None:  # which a world takes for unknown ones
+            raise ValueError(
+                f"actions: expected those of {self.num_envs} rows, of {self.single_action_space}, got None."
+            )
         self._state, output = self.world.step(state, actions)
         self._settle()  # as late as possible: the device says how the step before ended while this one is prepared
         self._steps += 1
@@ -211,27 +220,33 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self._settle()
         state = self._current("save_state")[index]
         generators = copy.deepcopy([self._generators[row] for row in index])
-        return RowsState(state, self._steps[index], self._ended[index], generators, self.world.checksum)
+        return RowsState(state, self._steps[index], self._ended[index], generators)
 
     def restore_state(self, saved: RowsState, rows: Any = slice(None)) -> None:
         """Puts rows where those of a saved state stood, with what decides their later episodes.
 
-        If all rows are restored they go on bit for bit as they did; some of them join the others at their clock, and
-        do so to float32 rounding.
+        If all rows are restored, in which case they need not have begun, they go on bit for bit as they did; some of them join
+        the others at their clock, and do so to float32 rounding.
 
         Raises:
-            ValueError: if the state is none, of another number of rows, or of another world; nothing has changed then.
+            ResetNeeded: if some rows are to join others that have not begun.
+            ValueError: if the state is none, of another number of rows, or of another world, or rows are named twice; nothing has
+                changed then.
         """
         self._settle()
-        current = self._current("restore_state")
         index = np.atleast_1d(np.arange(self.num_envs)[rows])
+        if len(np.unique(index)) < len(index):
+            raise ValueError(
+                f"rows: expected each row once, got {index.tolist()}. Repeat rows of the saved state instead."
+            )
         if not isinstance(saved, RowsState) or len(saved.rows) != len(index):
             got = f"{len(saved.rows)} rows" if isinstance(saved, RowsState) else type(saved).__name__
             raise ValueError(f"state: expected a saved state of {len(index)} rows, got {got}.")
-        check_state_is_of(self.world, saved.rows, saved.world)
+        self.world.check_state(saved.rows)
         if len(index) == self.num_envs:
             self._state = saved.rows[np.argsort(index)]
         else:
+            current = self._current("restore_state")
             current.put(index, self.world.at_clock(saved.rows, current.clock))
         self._steps[index], self._ended[index] = saved.steps, saved.ended
         for row, generator in zip(index, copy.deepcopy(saved.generators), strict=True):
@@ -240,7 +255,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
     def _seeds(self, seed: Any) -> list[int | None]:
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + row for row in range(self.num_envs)]
-        seeds = [None] * self.num_envs if seed is None else list(seed)
+        seeds = [seed] * self.num_envs if np.ndim(seed) == 0 else list(seed)
         numbers = [seed for seed in seeds if seed is not None]
         if len(seeds) != self.num_envs or not all(isinstance(n, int | np.integer) and n >= 0 for n in numbers):
             raise ValueError(f"seed: expected {self.num_envs} integers from 0, or None, one per row, got {seeds}.")
@@ -295,7 +310,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         """Infos of rows in Gymnasium's vector convention: an array for each entry, and which rows have it."""
         mask, info = self._tensor(rows), {}
         for name, values in step_info(output).items():
-            info[name], info[f"_{name}"] = torch.where(mask, values, 0), mask
+            info[name], info[f"_{name}"] = torch.where(mask, values, values.new_zeros(())), mask
         return info
 
     def _final(self, output: WorldOutput, rows: np.ndarray) -> dict[str, Any]:

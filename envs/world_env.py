@@ -4,8 +4,10 @@
 """
 
 import copy
+import os
+import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sfv_world.control.spaces import map_actions
+from sfv_world.given import given_frames
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
-from sfv_world.transfer import Fetch, to_host
+from sfv_world.transfer import Fetch
 from sfv_world.world import World
 
 ENLARGED = 8
@@ -35,8 +38,6 @@ class EnvState:
     """The world's state."""
     terminated: bool
     """Whether the episode has ended."""
-    world: int
-    """Checksum of the world that the state belongs to."""
 
 
 class WorldEnv(gym.Env[np.ndarray, Any]):
@@ -72,7 +73,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
         dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
-        render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step.
+        render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step, if there is a display.
         decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise) to set.
 
     Raises:
@@ -100,6 +101,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
             raise ValueError(f"render_mode: expected None, 'human' or 'rgb_array', got {render_mode!r}.")
         self.world, fps = open_world(world, device, dtype, decoding)
         self.render_mode = render_mode
+        if render_mode == "human" and not _has_display():
+            gym.logger.warn("render_mode: expected a display to show frames on, found none: they are not shown.")
         self.metadata = {**self.metadata, "render_fps": fps}
         self.observation_space = spaces.Box(0, 255, self.world.observation_shape, np.uint8)
         self.action_space = copy.deepcopy(self.world.action_space)
@@ -163,6 +166,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         frame = self._frame("render").reshape(-1, *self.world.frame_shape)[-1]
         if self.render_mode == "rgb_array":
             return frame
+        if not _has_display():
+            return None
         import cv2
 
         self._window = f"sfv_world: {self.world.name}"
@@ -180,12 +185,12 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
             self._window = None
 
     def save_state(self) -> EnvState:
-        """Where the episode stands, as a value: a copy that later steps do not change.
+        """Where the episode stands, as a value: a copy that later steps do not change. (Behind wrappers: `env.unwrapped`.)
 
         Raises:
             ResetNeeded: if no episode has begun.
         """
-        return EnvState(self._current("save_state")[:], self._terminated, self.world.checksum)
+        return EnvState(self._current("save_state")[:], self._terminated)
 
     def restore_state(self, state: Any) -> None:
         """Continues from a saved state, bit for bit as the first time if the actions are the same.
@@ -198,7 +203,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         """
         if not isinstance(state, EnvState):
             raise ValueError(f"state: expected what save_state returned, got {type(state).__name__}.")
-        check_state_is_of(self.world, state.row, state.world)
+        self.world.check_state(state.row)
         self._state, self._terminated = state.row[:], state.terminated
 
     def _current(self, name: str) -> WorldState:
@@ -223,10 +228,16 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
                 f"options: expected 'frames' with 'actions', or none of them, got {list(options)}. Give K observed frames and "
                 "the K-1 actions between them, or nothing to begin at a start frame of the world."
             )
-        frames, actions = to_host(options["frames"])[None], options.get("actions")
-        if actions is None or (frames.shape[1:2] == (1,) and len(actions) == 0):
+        frames = given_frames(options["frames"], "(K", self.world.frame_shape, self.world.device)[None]
+        actions = options.get("actions")
+        if actions is None or (frames.shape[1] == 1 and len(actions) == 0):
             return frames, None
         return frames, _one(self.action_space, actions)
+
+
+def _has_display() -> bool:
+    """Whether windows can be opened; where they cannot, OpenCV would end the process."""
+    return not sys.platform.startswith("linux") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def open_world(
@@ -246,24 +257,12 @@ def open_world(
         raise ValueError(f"dtype: expected None for a world that is loaded, got {dtype}. Give it to load_world.")
     elif device is not None and str(device) not in _names(world.device):
         raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
-    own = copy.copy(world)
-    own.decoding = replace(world.decoding, **decoding)
-    return own, float(world.about.get("data", {}).get("fps") or 10) / world.time
+    return world.with_decoding(**decoding), float(world.about.get("data", {}).get("fps") or 10) / world.time
 
 
 def _names(device: torch.device) -> tuple[str, str]:
     """What a device may be called: its type alone, too; the CPU is the first of its type."""
     return device.type, f"{device.type}:{device.index or 0}"
-
-
-def check_state_is_of(world: World, state: WorldState, checksum: int) -> None:
-    """Raises a ValueError unless `state`, saved with `checksum`, is of this world and on its device."""
-    if checksum != world.checksum or state.frames.device != world.device:
-        raise ValueError(
-            f"state: expected one of {world.name} on {world.device}, got one of another world, on {state.frames.device}. "
-            "Restore it in an environment of the world it was saved from."
-        )
-    world.check_state(state)
 
 
 def step_info(output: WorldOutput) -> dict[str, Tensor]:
@@ -281,14 +280,19 @@ def step_info(output: WorldOutput) -> dict[str, Tensor]:
 
 def warn_if_unconverged(certificates: Float[np.ndarray, "b"], tolerance: float, stacklevel: int) -> None:
     """Warns of frames whose decoding stopped before they were what was asked for; never silently."""
-    unconverged = certificates[~(certificates <= tolerance)]
-    if len(unconverged):
-        warnings.warn(
-            f"certificate: expected at most {tolerance:g}, got {unconverged.max():.3g}. Decoding stopped before the "
-            "frame converged: its log-likelihood is exact, but it is not quite a sample. Raise max_sweeps.",
-            RuntimeWarning,
-            stacklevel=stacklevel,
+    worst = certificates.max()  # NaN, if there is one
+    if worst <= tolerance:
+        return
+    if np.isfinite(worst):
+        said = (
+            "Decoding stopped before the frame converged: its log-likelihood is exact, but it is not quite a sample. "
         )
+        said += "Raise max_sweeps."
+    else:
+        said = "The frame is not finite, and nothing that is said of it holds. Lower the temperature, or guide less."
+    warnings.warn(
+        f"certificate: expected at most {tolerance:g}, got {worst:.3g}. {said}", RuntimeWarning, stacklevel=stacklevel
+    )
 
 
 def _one(space: spaces.Space[Any], actions: Any) -> Any:

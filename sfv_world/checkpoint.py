@@ -112,7 +112,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[WorldM
     """
     config, action_space, about = read_world(folder, ModelConfig)
     tensors = fitting(folder / MODEL, lambda: WorldModel(config, action_space), device)
-    model = WorldModel(config, action_space).to(device)
+    model = WorldModel(config, action_space).to(device, torch.float32)  # whatever torch's default is
     model.load_state_dict(tensors)
     return model.eval(), about
 

@@ -85,10 +85,10 @@ def replay(world: World, abduction: Abduction, actions: Actions) -> Iterator[Wor
     Raises:
         ValueError: if the noise is another world's, decoding is guided or looks ahead, or the actions are not of the space.
     """
-    if abduction.world != world.checksum:
+    if abduction.state.world != world.checksum:
         raise ValueError(
             f"abduction: expected one of the world {world.name} (checksum {world.checksum}), got one of checksum "
-            f"{abduction.world}. Noise means other frames to another world: abduct with the one that replays."
+            f"{abduction.state.world}. Noise means other frames to another world: abduct with the one that replays."
         )
     if world.decoding.guidance:
         raise ValueError(

@@ -61,7 +61,9 @@ def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.d
     if copy.dtype not in (torch.uint8, np.dtype(np.uint8)):
         raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
     given = copy.ndim - len(shape)
-    if given != 1 + lead.count(",") or tuple(copy.shape[given:]) != shape or 0 in copy.shape:
+    if given != 1 + lead.count(",") or 0 in copy.shape:
+        raise ValueError(f"frames: expected {expected}, at least one of each, got shape {tuple(copy.shape)}.")
+    if tuple(copy.shape[given:]) != shape:
         raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
     return to_device(copy, device)
 
@@ -72,6 +74,8 @@ def given_seeds(seeds: Any, rows: int) -> Int[np.ndarray, "b"]:
     Raises:
         ValueError: if they are of another number, type or range.
     """
+    if rows < 1:
+        raise ValueError("seeds: expected one for every row, and at least one row, got none.")
     array = np.arange(rows) if seeds is None else np.atleast_1d(to_host(seeds))
     if array.shape != (rows,) or array.dtype.kind not in "iu" or ((array < 0) | (array >= 2**63)).any():
         raise ValueError(f"seeds: expected {rows} integers from 0 to 2**63 - 1, one per row, got {seeds!r}.")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from sfv_world.checkpoint import DECODING, STARTS, kind_of, load_model, load_tensors, save_tensors
+from sfv_world.checkpoint import CONFIG, DECODING, STARTS, kind_of, load_model, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.solver import DecodingConfig
@@ -16,6 +16,23 @@ from sfv_world.released.adapted import AdaptedConfig, AdaptedModel, load_adapted
 from sfv_world.world import World
 
 SHIPPED = Path(__file__).parent / "checkpoints"
+
+
+def find_world(name: str | Path) -> Path:
+    """Folder of a world: a shipped one's name, unless there is a world in a folder of that name, or a folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    shipped = {path.parent.name: path.parent for path in SHIPPED.glob(f"*/{CONFIG}")}
+    folder = Path(name) if isinstance(name, str | Path) and str(name) else None
+    if folder is not None and (folder / CONFIG).is_file():
+        return folder
+    if name in shipped:
+        return shipped[str(name)]
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"world: expected a folder or one of {sorted(shipped)}, got {str(name)!r}.")
+    return folder
 
 
 def load_world(
@@ -41,12 +58,11 @@ def load_world(
         ValueError: if there is none, its files are damaged or do not fit each other, the dtype is another, or there is no such
             device.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = SHIPPED / str(name)
-    if not folder.is_dir():
-        shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
-        raise ValueError(f"world: expected a folder or one of {shipped}, got {str(name)!r}.")
+    folder = find_world(name)
+    if not isinstance(decoding, DecodingConfig | None):
+        raise ValueError(
+            f"decoding: expected a DecodingConfig or None, got {type(decoding).__name__}. Give fields to `with_decoding`."
+        )
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
     device = given_device(device)

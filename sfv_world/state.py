@@ -75,10 +75,12 @@ class Held(NamedTuple):
         return cls(output, tensors["held.features"], tensors["held.imagined"])
 
 
-@dataclass
+@dataclass(repr=False)
 class WorldState:
     """Where imagined rows stand. `step` and `observe` use a state up: index it (`state[rows]`) to keep a copy."""
 
+    world: int
+    """Checksum of the world that it is of."""
     stream: Any
     """The flow's memory of the past: a `StreamState` or, on a released model, a `ReleasedStream`."""
     frames: UInt8[Tensor, "b *time h w 3"]
@@ -96,13 +98,19 @@ class WorldState:
         """Number of rows."""
         return len(self.seeds)
 
+    def __repr__(self) -> str:
+        used = ", used up" if self.spent else ""
+        return f"WorldState({len(self)} rows{used}: seeds {self.seeds}, next frames {self.ages})"
+
+    @torch.inference_mode(False)
     def __getitem__(self, rows: Any) -> "WorldState":
         """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
         self.check()
         index = np.atleast_1d(np.arange(len(self))[rows])
         places = to_device(index, self.frames.device)
         held = self.held and self.held.map(lambda tensor: tensor[places])
-        return WorldState(self.stream.rows(places), self.frames[places], self.seeds[index], self.ages[index], held)
+        stream, seeds, ages = self.stream.rows(places), self.seeds[index], self.ages[index]
+        return WorldState(self.world, stream, self.frames[places], seeds, ages, held)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state but its clock, by name."""
@@ -110,16 +118,18 @@ class WorldState:
         return self.stream.tensors() | own | (self.held.tensors() if self.held else {})
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], stream: StreamState | ReleasedStream) -> "WorldState":
-        """The state whose `tensors` these are, `stream` made of some of them."""
+    def of(cls, world: int, tensors: dict[str, Tensor], stream: StreamState | ReleasedStream) -> "WorldState":
+        """The state of a world whose `tensors` these are, `stream` made of some of them."""
         held = Held.of(tensors) if "held.features" in tensors else None
-        return cls(stream, tensors["frames"], tensors["seeds"].cpu().numpy(), tensors["ages"].cpu().numpy(), held)
+        seeds, ages = (tensors[name].cpu().numpy() for name in ("seeds", "ages"))
+        return cls(world, stream, tensors["frames"], seeds, ages, held)
 
     @property
     def clock(self) -> int:
         """Number of the next frame in the ring's time, which all rows share."""
         return self.stream.clock
 
+    @torch.inference_mode(False)
     def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
         """Replaces the given rows by those of `other`, a state of the same world and clock, in place."""
         self.check()

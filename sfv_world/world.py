@@ -1,10 +1,14 @@
 """The world in verbs: reset, step, observe, score; a batch of rows on one device, each with its own randomness (`chance`)."""
 
+import copy
 import math
 import zlib
+from collections.abc import Callable
+from dataclasses import fields as fields_of
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -28,6 +32,13 @@ from sfv_world.released.stream import ReleasedStream
 from sfv_world.state import Held, WorldOutput, WorldState
 from sfv_world.transfer import to_device
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def untracked(function: Function) -> Function:
+    """Without gradients, but never in inference mode: a state that was made in it could not go on outside."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
 
 class Score(NamedTuple):
     """Exact likelihoods of whole videos, by row and frame."""
@@ -49,8 +60,6 @@ class Abduction(NamedTuple):
     """Those frames as the world sees them, noised: what `step` shows, without denoising, when it decodes their noise."""
     log_likelihood: Float[Tensor, "b t"]
     """Theirs, as in `WorldOutput`."""
-    world: int
-    """Checksum of the world: to another one the noise means other frames."""
 
 
 class World:
@@ -68,6 +77,27 @@ class World:
         self.decoding = decoding or model.decoding
         self.starts, self.about, self.folder = starts, about or {}, folder
         self._recorder: Recorder | None = None
+
+    def __repr__(self) -> str:
+        return f"World({self.name!r}, actions {self.action_space}, frames {self.observation_shape}, on {self.device})"
+
+    def with_decoding(self, **fields: Any) -> "World":
+        """This world, decoding otherwise; the weights are shared.
+
+        Args:
+            fields: of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise).
+
+        Raises:
+            TypeError: if there is no such field.
+            ValueError: if its value is out of range, or the model has not what is asked for.
+        """
+        names = [field.name for field in fields_of(DecodingConfig)]
+        if unknown := [name for name in fields if name not in names]:
+            raise TypeError(f"unexpected keyword argument {unknown[0]!r}: expected some of {', '.join(names)}.")
+        own = copy.copy(self)
+        own.decoding = replace(self.decoding, **fields)
+        own.check_decoding()
+        return own
 
     @property
     def name(self) -> str:
@@ -164,9 +194,9 @@ class World:
                 f"{path}: expected a state of the world {self.name} (checksum {self.checksum}), got {metadata or 'none'}. "
                 "Load it into the world it was saved from."
             )
-        return WorldState.of(tensors, self.model.stream_of(tensors, int(metadata["clock"])))
+        return WorldState.of(self.checksum, tensors, self.model.stream_of(tensors, int(metadata["clock"])))
 
-    @torch.no_grad()
+    @untracked
     def reset(
         self, frames: Any, actions: Any = None, seeds: Any = None, clock: int | None = None, *, noised: bool = False
     ) -> WorldState:
@@ -193,7 +223,7 @@ class World:
         vectors, known = self._past_actions(actions, rows, count)
         return self._reset(frames, vectors, known, given_seeds(seeds, rows), clock, noised)
 
-    @torch.no_grad()
+    @untracked
     def start(self, seeds: Any, clock: int | None = None) -> WorldState:
         """Begins a row for every seed at one of the start frames that came with the world, chosen by the seed."""
         if self.starts is None:
@@ -206,7 +236,7 @@ class World:
         known = torch.arange(vectors.shape[1], device=self.device) > 0
         return self._reset(frames, vectors, known.expand(len(seeds), -1), seeds, clock)
 
-    @torch.no_grad()
+    @untracked
     def step(
         self, state: WorldState, actions: Any, noise: Any = None, *, held: bool = True
     ) -> tuple[WorldState, WorldOutput]:
@@ -236,7 +266,7 @@ class World:
         imagine = self._imagine if self._recorder is None else self._imagine_recorded
         return self._next(state, imagine(state.stream, z, draws, vectors, known), before)
 
-    @torch.no_grad()
+    @untracked
     def observe(
         self, state: WorldState, actions: Any, frames: Any, *, held: bool = True
     ) -> tuple[WorldState, WorldOutput]:
@@ -261,7 +291,7 @@ class World:
         output = self._output(self._draws(state.seeds, state.ages), report, frames)
         return self._next(state, Held(output, report.features, torch.zeros_like(output.terminated)), before)
 
-    @torch.no_grad()
+    @untracked
     def abduct(self, frames: Any, actions: Any = None, seeds: Any = None, context: int = 1) -> Abduction:
         """Finds the noise that real trajectories are made of: what would have happened, had one acted otherwise?
 
@@ -299,17 +329,17 @@ class World:
             reports.append(read_frame(self.model.flow, stream, tokens[:, n - context], controls))
         noise = torch.stack([report.noise for report in reports], dim=1)
         log_likelihood = torch.stack([report.log_prob for report in reports], dim=1).sum(-1) + self.model.codec.log_det
-        return Abduction(start, noise, self._shown(tokens), log_likelihood, self.checksum)
+        return Abduction(start, noise, self._shown(tokens), log_likelihood)
 
-    @torch.no_grad()
+    @untracked
     def at_clock(self, state: WorldState, clock: int) -> WorldState:
         """A copy of a state that can join rows at another clock: bit for bit if it is its own, else to float32 rounding."""
-        copy = state[:]
+        own = state[:]
         if clock != state.clock:  # rows on a released model have no common one
-            copy.stream.cache = self.model.flow.deep.at_clock(copy.stream.cache, clock)
-        return copy
+            own.stream.cache = self.model.flow.deep.at_clock(own.stream.cache, clock)
+        return own
 
-    @torch.no_grad()
+    @untracked
     def score(self, frames: Any, actions: Any = None, seeds: Any = None) -> Score:
         """Scores whole videos in one parallel pass: what `reset` and `observe` would say, frame by frame.
 
@@ -342,14 +372,14 @@ class World:
         clock: int | None = None,
         noised: bool = False,
     ) -> WorldState:
-        self._check_decoding()
+        self.check_decoding()
         rows, steps = vectors.shape[:2]
         noise = self._noise(seeds, np.zeros(rows, np.int64), steps, 0.0 if noised else 1.0)
         ahead = self.decoding.denoise == "lookahead"
         controls = self.model.controls(vectors, known)
         stream, report = self.model.read_video(frames, *noise, controls, clock, report=ahead)
         last = frames[:, -1] if self.time == 1 else frames[:, (np.arange(-self.time, 0) + len(frames[0])).clip(0)]
-        state = WorldState(stream, last, seeds, np.full(rows, steps))
+        state = WorldState(self.checksum, stream, last, seeds, np.full(rows, steps))
         if ahead:
             # The first step tells of the last observed frame, which earned nothing.
             assert report is not None, "it was asked for"
@@ -420,15 +450,22 @@ class World:
             clean = self._shown(self.model.cleaned(Seen(before, state.held.features), following, ~output.terminated))
             frames = torch.where(state.held.imagined[:, None, None, None], clean, output.frames)
             output = output._replace(frames=frames, frames_behind=torch.ones_like(output.frames_behind))
-        return WorldState(state.stream, output.frames, state.seeds, state.ages + 1, held), output
+        return WorldState(self.checksum, state.stream, output.frames, state.seeds, state.ages + 1, held), output
 
     def _shown(self, tokens: Tensor) -> Tensor:
         return self.model.codec.frames(self.model.codec.decode(tokens))
 
     def check_state(self, state: WorldState) -> None:
         """Raises a ValueError unless the world can go on from `state` as it decodes now."""
-        self._check_decoding()
+        self.check_decoding()
+        if (state.world, state.frames.device) != (self.checksum, self.device):
+            raise ValueError(
+                f"state: expected one of {self.name} on {self.device} (checksum {self.checksum}), got one of another world, on "
+                f"{state.frames.device} (checksum {state.world}). Use it with the world that made it."
+            )
         state.check()
+        if not len(state):
+            raise ValueError("state: expected at least one row, got none.")
         ahead = self.decoding.denoise == "lookahead"
         if ahead != (state.held is not None):
             raise ValueError(
@@ -436,7 +473,8 @@ class World:
                 "Reset with the same denoise option."
             )
 
-    def _check_decoding(self) -> None:
+    def check_decoding(self) -> None:
+        """Raises a ValueError if the model has not what is asked for."""
         self.model.check_decoding(self.decoding, self.name)
 
     def _bits(self, log_likelihood: Tensor) -> Tensor:

@@ -350,8 +350,8 @@ def test_a_learned_draft_decodes_to_the_same_frame() -> None:
     [
         ({"tolerance": 0.0}, "tolerance: expected a positive number, got 0.0"),
         ({"tolerance": float("nan")}, "tolerance: expected a positive number, got nan"),
-        ({"block": 0}, "block: expected None or at least 1, got 0"),
-        ({"max_sweeps": -1}, "max_sweeps: expected None or at least 1, got -1"),
+        ({"block": 0}, "block: expected None or at least 1, a whole number, got 0"),
+        ({"max_sweeps": -1}, "max_sweeps: expected None or at least 1, a whole number, got -1"),
         ({"temperature": -0.5}, "temperature: expected at least 0, got -0.5"),
     ],
 )

@@ -74,7 +74,7 @@ def test_make_vec_makes_it(tiny_folder):
     frames, rewards, terminated, truncated, info = envs.step(envs.action_space.sample())
     assert frames in envs.observation_space
     assert rewards.shape == terminated.shape == truncated.shape == (3,)
-    assert (info["certificate"] < 1e-3).all()
+    assert (info["certificate"] < 1e-3).all() and info["guided"].dtype == bool
 
 
 def test_rows_do_not_depend_on_each_other(tiny_world):
@@ -273,11 +273,28 @@ def test_mistakes_are_told_before_anything_changes(tiny_world):
     ):
         with pytest.raises(ValueError, match=message):
             envs.step(actions)
+    with pytest.raises(ValueError, match=r"actions: expected those of 3 rows, of Discrete\(3\), got None"):
+        envs.step(None)
     with pytest.raises(ValueError, match="state: expected a saved state of 3 rows, got 1 rows"):
         envs.restore_state(envs.save_state([0]))
+    with pytest.raises(ValueError, match=r"rows: expected each row once, got \[0, 0, 1\]"):
+        envs.restore_state(state, rows=[0, 0, 1])
+    with pytest.raises(ValueError, match=r"seed: expected 3 integers from 0"):
+        envs.reset(seed=1.5)
     frames = envs.step(np.zeros(ROWS, int))[0]
     envs.restore_state(state)
     np.testing.assert_array_equal(envs.step(np.zeros(ROWS, int))[0], frames)
-    for kwargs in ({"num_envs": 0}, {"output": "jax"}, {"render_mode": "human"}, {"autoreset_mode": "sometimes"}):
-        with pytest.raises(ValueError, match=r"num_envs|output|render_mode|sometimes"):
-            WorldVectorEnv(**{"world": tiny_world, **kwargs})
+    for name, wrong in (
+        ("num_envs", 0),
+        ("max_episode_steps", 0),
+        ("output", "jax"),
+        ("render_mode", "human"),
+        ("autoreset_mode", "same_step"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: expected .*, got {wrong!r}"):
+            WorldVectorEnv(**{"world": tiny_world, name: wrong})
+    other = WorldVectorEnv(ROWS, world=tiny_world)
+    with pytest.raises(ResetNeeded, match="restore_state"):
+        other.restore_state(state[[0]], rows=[1])
+    other.restore_state(state)  # all rows: none need have begun
+    np.testing.assert_array_equal(other.step(np.zeros(ROWS, int))[0], frames)

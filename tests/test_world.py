@@ -19,6 +19,7 @@ from sfv_world import World, load_world
 from sfv_world.checkpoint import CONFIG, MODEL, STARTS, load_tensors, save_model, save_tensors
 from sfv_world.decoding.frames import read_frame
 from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.loading import SHIPPED, find_world
 from sfv_world.state import WorldOutput, WorldState
 
 FRAMES = 10  # three windows of the tiny worlds and a bit
@@ -283,7 +284,10 @@ def test_saving_and_loading_is_the_identity(build_world, tmp_path, space):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: w.reset(VIDEO[0]), r"frames: expected \(B, K, 16, 24, 3\) uint8, got shape \(10, 16, 24, 3\)"),
+        (
+            lambda w: w.reset(VIDEO[0]),
+            r"frames: expected \(B, K, 16, 24, 3\) uint8, at least one of each, got shape \(10, 16, 24, 3\)",
+        ),
         (lambda w: w.reset(VIDEO[..., :8, :]), r"frames: expected .*, got shape \(4, 10, 16, 8, 3\)"),
         (lambda w: w.reset(VIDEO[:, :0]), r"frames: expected .*, got shape \(4, 0, 16, 24, 3\)"),
         (lambda w: w.reset(VIDEO[:0]), r"frames: expected .*, got shape \(0, 10, 16, 24, 3\)"),
@@ -305,8 +309,8 @@ def test_saving_and_loading_is_the_identity(build_world, tmp_path, space):
         (lambda w: w.observe(w.start([1]), [0], VIDEO[:2, 0]), "frames: expected 1 rows as the state has, got 2"),
         (lambda w: World(w.model).start([0]), "world: expected start frames in .*, found none. Pass frames to reset"),
         (lambda w: DecodingConfig(tolerance=0.0), "tolerance: expected a positive number, got 0"),
-        (lambda w: DecodingConfig(block=0), "block: expected None or at least 1, got 0"),
-        (lambda w: DecodingConfig(max_sweeps=0), "max_sweeps: expected None or at least 1, got 0"),
+        (lambda w: DecodingConfig(block=0), "block: expected None or at least 1, a whole number, got 0"),
+        (lambda w: DecodingConfig(max_sweeps=0), "max_sweeps: expected None or at least 1, a whole number, got 0"),
         (lambda w: DecodingConfig(temperature=-1.0), "temperature: expected at least 0, got -1"),
         (lambda w: load_world("nowhere"), r"world: expected a folder or one of \[.*\], got 'nowhere'"),
     ],
@@ -434,6 +438,49 @@ def test_guidance_moves_a_frame_away_from_what_needs_no_action(build_world, kind
     ]
     assert ((with_action - without) > (before[0] - before[1])).float().mean() > 0.5
     assert not torch.equal(theirs.frames, ours.frames)
+
+
+def test_a_state_is_of_one_world_alone(build_world):
+    one, other = load_world(build_world()), load_world(build_world(seed=1))
+    state = one.start([0, 1])
+    for verb in (lambda: other.step(state, [0, 0]), lambda: other.observe(state, [0, 0], VIDEO[:2, 0])):
+        with pytest.raises(
+            ValueError, match=r"state: expected one of .*, got one of another world.* Use it with the world"
+        ):
+            verb()
+    assert not state.spent and len(repr(state)) < 100 and "2 rows" in repr(state) and "Discrete" in repr(one)
+    with pytest.raises(ValueError, match="state: expected at least one row, got none"):
+        one.step(state[[]], [])
+    with pytest.raises(ValueError, match="seeds: expected .* at least one row, got none"):
+        one.start([])
+
+
+def test_a_world_can_decode_otherwise(build_world):
+    world = load_world(build_world())
+    calm = world.with_decoding(temperature=0.0)
+    assert (world.decoding.temperature, calm.decoding.temperature, calm.checksum) == (1.0, 0.0, world.checksum)
+    one, other = (calm.step(world.start([seed]), [0])[1].frames for seed in (0, 0))
+    assert torch.equal(one, other)
+
+
+def test_worlds_are_float32_whatever_torchs_default(build_world):
+    folder = build_world()
+    expected = load_world(folder).score(VIDEO, ACTIONS[:, :-1])
+    torch.set_default_dtype(torch.float64)
+    try:
+        world = load_world(folder)
+        found, (_, output) = world.score(VIDEO, ACTIONS[:, :-1]), world.step(world.start([0]), [0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.log_likelihood, expected.log_likelihood) and output.log_likelihood.dtype == torch.float32
+
+
+def test_a_folder_of_another_kind_hides_no_shipped_world(tmp_path, monkeypatch, build_world):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doom-basic").mkdir()
+    assert find_world("doom-basic").samefile(SHIPPED / "doom-basic")
+    shutil.copytree(build_world(), tmp_path / "doom-takecover")
+    assert find_world("doom-takecover").samefile(tmp_path / "doom-takecover")
 
 
 def test_what_a_world_cannot_do_is_told_before_a_step(build_world):

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
     monkeypatch.setattr(cv2, "waitKey", lambda delay: -1)
     monkeypatch.setattr(cv2, "getWindowProperty", lambda name, flag: float(name in shown) or -1.0)
     monkeypatch.setattr(cv2, "destroyWindow", shown.pop)
+    monkeypatch.setenv("DISPLAY", ":0")
     return shown
 
 
@@ -243,13 +246,27 @@ def test_saved_states_know_whether_the_episode_ended(env, tiny_world):
 
 
 @ONE_KIND
+def test_what_is_made_in_inference_mode_goes_on_outside(env):
+    env.reset(seed=0)
+    expected = [env.step(1), env.step(2)]
+    with torch.inference_mode():
+        env.reset(seed=0)
+        saved = env.save_state()
+        found = [env.step(1)]
+    assert_same(found[0], expected[0])
+    assert_same(env.step(2), expected[1])
+    env.restore_state(saved)
+    assert_same(env.step(1), expected[0])
+
+
+@ONE_KIND
 def test_states_of_other_worlds_are_refused(env, build_world):
     other = WorldEnv(build_world(seed=1))
     other.reset(seed=0)
     env.reset(seed=0)
     untouched = env.save_state()
     for state, message in (
-        (other.save_state(), "state: expected one of .* on cpu, got one of another world"),
+        (other.save_state(), r"state: expected one of .* on cpu \(checksum \d+\), got one of another world"),
         (untouched.row, "state: expected what save_state returned, got WorldState"),
         (None, "state: expected what save_state returned, got NoneType"),
     ):
@@ -317,8 +334,11 @@ def test_a_bad_action_changes_nothing(env, action):
         ({"frames": FRAMES, "actions": []}, r"actions: expected shape \(1, 4\) .*, got \(1, 0\)"),
         ({"frames": FRAMES[:1], "actions": [0]}, r"actions: expected shape \(1, 0\) .*, got \(1, 1\)"),
         ({"frames": FRAMES, "actions": [0, 1, 2, 3]}, r"actions: expected values inside Discrete\(3\)"),
-        ({"frames": FRAMES[0], "actions": []}, r"frames: expected \(B, K, 16, 24, 3\) uint8, got shape \(1, 16"),
-        ({"frames": FRAMES[:, :8], "actions": [0] * 4}, r"frames: expected .*, got shape \(1, 5, 8, 24, 3\)"),
+        (
+            {"frames": FRAMES[0], "actions": []},
+            r"frames: expected \(K, 16, 24, 3\) uint8, at least one of each, got shape \(16",
+        ),
+        ({"frames": FRAMES[:, :8], "actions": [0] * 4}, r"frames: expected .*, got shape \(5, 8, 24, 3\)"),
         ({"frames": FRAMES / 255, "actions": [0] * 4}, "frames: expected .* uint8, got float64"),
         ({"frames": None, "actions": []}, "frames: expected .* uint8, got object"),
     ],
@@ -348,8 +368,9 @@ def test_one_observed_frame_is_enough(env):
         ({"device": "meta"}, "device: expected cpu, where the world is, got meta"),
         ({"device": "cpu:1"}, "device: expected cpu, where the world is, got cpu:1"),
         ({"device": "somewhere"}, "device: expected cpu, where the world is, got somewhere"),
+        ({"temperature": float("inf")}, "temperature: expected at least 0, got inf"),
         ({"temperature": -1.0}, "temperature: expected at least 0, got -1"),
-        ({"max_sweeps": 0}, "max_sweeps: expected None or at least 1, got 0"),
+        ({"max_sweeps": 0}, "max_sweeps: expected None or at least 1, a whole number, got 0"),
     ],
 )
 def test_bad_arguments_are_told(tiny_world, kwargs, message):
@@ -367,7 +388,11 @@ def test_the_device_where_the_world_is_may_be_named(tiny_world):
 def test_unknown_names_are_told(tiny_world):
     with pytest.raises(ValueError, match=r"world: expected a folder or one of \[.*\], got 'nowhere'"):
         gym.make("sfv_world/World-v0", world="nowhere")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'sweeps'"):
+    with pytest.raises(ValueError, match=r"world: expected a folder or one of \[.*\], got ''"):
+        gym.make("sfv_world/World-v0", world="")
+    with pytest.raises(
+        TypeError, match="unexpected keyword argument 'sweeps': expected some of tolerance, .*max_sweeps"
+    ):
         gym.make("sfv_world/World-v0", world=tiny_world, sweeps=3)
     with pytest.raises(ValueError, match="expected start frames in starts.safetensors, found none. Pass frames"):
         WorldEnv(sfv_world.World(tiny_world.model)).reset()
@@ -380,6 +405,44 @@ def test_a_frame_that_did_not_converge_is_never_silent(build_world, kind):
     with pytest.warns(RuntimeWarning, match=r"certificate: expected at most 0.001, got \d.*before the frame converged"):
         info = env.step(0)[4]
     assert info["certificate"] > 0.001
+
+
+def test_arguments_of_other_types_are_told(build_world):
+    """Outside these tests nothing checks annotations."""
+    wrong = [
+        ({"temperature": "0.9"}, "temperature: expected at least 0, got '0.9'"),
+        ({"block": 2.0}, "block: expected None or at least 1, a whole number, got 2.0"),
+        ({"world": None}, "world: expected a folder or one of"),
+        ({"num_envs": 2.0}, "num_envs: expected an integer of at least 1, got 2.0"),
+        ({"max_episode_steps": "5"}, "max_episode_steps: expected an integer of at least 1, got '5'"),
+    ]
+    script = f"""
+from functools import partial
+from sfv_world import load_world
+from sfv_world.envs.sb3 import WorldVecEnv
+from sfv_world.envs.vector_env import WorldVectorEnv
+
+world = load_world({str(build_world())!r})
+calls = [(partial(WorldVectorEnv, **{{"world": world}} | kwargs), message) for kwargs, message in {wrong}]
+calls += [(partial(WorldVecEnv, world), "envs: expected a WorldVectorEnv, as `gymnasium.make_vec` makes it, got World")]
+calls += [(partial(load_world, world.folder, decoding={{}}), "decoding: expected a DecodingConfig or None, got dict")]
+for call, message in calls:
+    try:
+        call()
+    except ValueError as error:
+        assert str(error).startswith(message), error
+    else:
+        raise AssertionError(message)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_frames_that_are_not_finite_are_told(build_world):
+    env = WorldEnv(build_world(), temperature=1e38)
+    env.reset(seed=0)
+    with pytest.warns(RuntimeWarning, match=r"certificate: expected at most 0.001, got nan. The frame is not finite"):
+        env.step(0)
 
 
 @ONE_KIND
@@ -413,6 +476,19 @@ def test_a_window_closed_by_hand_is_no_error(tiny_world, windows):
     env = WorldEnv(tiny_world, render_mode="human")
     env.reset(seed=0)
     windows.clear()
+    env.close()
+
+
+@ONE_KIND
+def test_without_a_display_nothing_is_shown(tiny_world, windows, monkeypatch):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.warns(UserWarning, match="render_mode: expected a display to show frames on, found none"):
+        env = WorldEnv(tiny_world, render_mode="human")
+    env.reset(seed=0)
+    env.step(0)
+    assert env.render() is None and not windows
     env.close()
 
 

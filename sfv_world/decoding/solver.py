@@ -11,6 +11,7 @@ On a GPU, the host learns how far a sweep came while the next one is computed, s
 settled already is then evaluated once more, which changes nothing.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -55,20 +56,24 @@ class DecodingConfig:
     frame is known ("lookahead"): all that is said is then said one step later. The world goes on from noised frames."""
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance: expected a positive number, got {self.tolerance}.")
+        for name, wanted in (
+            ("tolerance", "a positive number"),
+            ("temperature", "at least 0"),
+            ("guidance", "at least 0"),
+        ):
+            value = getattr(self, name)
+            if not (isinstance(value, float | int | np.number) and 0 <= value < math.inf) or (
+                name == "tolerance" and value == 0
+            ):
+                raise ValueError(f"{name}: expected {wanted}, got {value!r}.")
         for name in ("block", "max_sweeps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected None or at least 1, got {value}.")
+            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
+                raise ValueError(f"{name}: expected None or at least 1, a whole number, got {value!r}.")
         if self.draft not in get_args(Draft):
             raise ValueError(f"draft: expected one of {get_args(Draft)}, got {self.draft!r}.")
         if self.denoise not in get_args(Denoise):
             raise ValueError(f"denoise: expected one of {get_args(Denoise)}, got {self.denoise!r}.")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected at least 0, got {self.temperature}.")
-        if not self.guidance >= 0:
-            raise ValueError(f"guidance: expected at least 0, got {self.guidance}.")
 
 
 class Solution(NamedTuple):
