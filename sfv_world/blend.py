@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sfv_world.checkpoint import CONFIG, STARTS, check_vacant, load_model, load_tensors, save_model, save_tensors
+from sfv_world.loading import find_world
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class BlendConfig:
     """Which worlds to blend."""
 
     world: Path
-    """Folder of a world; start frames and what is said about it are kept."""
+    """Name of a shipped world, or a folder; start frames and what is said about it are kept."""
     other: Path
-    """Folder of another one of the same shape."""
+    """Another one of the same shape."""
     out: Path
     """Folder of the new world."""
     share: float = 0.5
@@ -37,7 +38,8 @@ def blend(config: BlendConfig) -> Path:
         ValueError: if the worlds differ in more than weights, or there is a world in `out`.
     """
     check_vacant(config.out, "world", CONFIG)
-    (model, about), (other, _) = load_model(config.world), load_model(config.other)
+    folder = find_world(config.world)
+    (model, about), (other, _) = load_model(folder), load_model(find_world(config.other))
     mine, theirs = model.state_dict(), other.state_dict()
     same = (model.config, model.action_space) == (other.config, other.action_space)
     if not same or any(not torch.equal(w, theirs[name]) for name, w in mine.items() if name.startswith("codec.")):
@@ -48,6 +50,6 @@ def blend(config: BlendConfig) -> Path:
     share = config.share
     means = {name: (1 - share) * w.double() + share * theirs[name].double() for name, w in mine.items()}
     model.load_state_dict(means)
-    save_tensors(config.out / STARTS, *load_tensors(config.world / STARTS))
+    save_tensors(config.out / STARTS, *load_tensors(folder / STARTS))
     save_model(config.out, model, {**about, "blended": {"other": str(config.other), "share": share}})
     return config.out

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Actions, take
 from sfv_world.evaluation import split_as_trained
-from sfv_world.film import long_clips, write_image, write_video
+from sfv_world.film import check_film, long_clips, write_image, write_video
 from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput
@@ -144,6 +144,8 @@ def counterfactual(config: CounterfactualConfig) -> Path:
     noise and, for some frames (marked by a red line), another action. The branches' frames are noised as the world sees them.
     """
     world = load_world(config.world, config.device, released=False)
+    height, width, _ = world.frame_shape
+    check_film(config.rows * height, 3 * width)
     wanted = None if config.action is None else parse_action(world.action_space, config.action)
     held_out = split_as_trained(world, config.data)[1]
     clips = long_clips(held_out, config.rows, config.context + config.frames, config.seed)

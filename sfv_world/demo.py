@@ -44,6 +44,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "episodes", "frames", "context")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {self.seed}.")
 
 
 def demo(config: DemoConfig) -> Path:
@@ -67,6 +69,12 @@ def demo(config: DemoConfig) -> Path:
         )
     real = make_real(name, size=max(height, width), frame_skip=recipe["frame_skip"])
     real = ResizeObservation(real, (height, width))
+    if real.action_space != world.action_space:
+        raise ValueError(
+            f"env: expected one with the actions of {world.name}, {world.action_space}, got {name!r} with {real.action_space}. "
+            "Give the environment that the world learned from."
+        )
+    config.out.mkdir(parents=True, exist_ok=True)
     steps = config.context + config.frames
     recording = CollectConfig(env=name, out=config.out, seed=config.seed, max_episode_steps=steps)
     least, greatest = (-(-steps // world.time) for steps in recipe["hold"])

@@ -64,6 +64,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     world = load_world(config.world, config.device)
     config = replace(config, context=world.model.codec.whole(config.context))
     train, held_out = split_as_trained(world, config.data)
+    needed, longest = config.context + max(HORIZONS), int(held_out.lengths.max()) - 1
+    if needed > longest:
+        raise ValueError(
+            f"context: expected at most {longest - max(HORIZONS)} frames, {max(HORIZONS)} less than the longest held-out episode "
+            f"has after its first, got {config.context}."
+        )
     results = {
         "density": density(world, train, held_out, config.frames, config.seed),
         "outcomes": outcomes(world, held_out, config.seed),

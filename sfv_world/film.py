@@ -90,8 +90,26 @@ def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
         beside.write_bytes(data.tobytes())
 
 
+LARGEST = 16384
+"""Side of the largest film that the encoder makes, in pixels."""
+
+
+def check_film(height: int, width: int) -> None:
+    """Raises a ValueError if a film of such frames cannot be written; films are enlarged at least twice, to even sides."""
+    if 2 * max(height, width) > LARGEST:
+        raise ValueError(
+            f"film: expected frames of at most {LARGEST // 2} pixels a side, got {height} x {width}. Show fewer rows."
+        )
+
+
 def write_video(path: Path, frames: UInt8[np.ndarray, "n h w 3"], fps: float, scale: int = 4) -> None:
-    """Writes an H.264 film, enlarged `scale` times without smoothing, whole or not at all."""
+    """Writes an H.264 film, enlarged `scale` times without smoothing (less where it would be too large), whole or not at all.
+
+    Raises:
+        ValueError: if the frames are too large for a film.
+    """
+    check_film(*frames.shape[1:3])
+    scale = min(scale, LARGEST // max(frames.shape[1:3]) // 2 * 2)  # sides are even
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})

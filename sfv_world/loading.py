@@ -28,7 +28,7 @@ def find_world(name: str | Path) -> Path:
     folder = Path(name) if isinstance(name, str | Path) and str(name) else None
     if folder is not None and (folder / CONFIG).is_file():
         return folder
-    if name in shipped:
+    if str(name) in shipped:
         return shipped[str(name)]
     if folder is None or not folder.is_dir():
         raise ValueError(f"world: expected a folder or one of {sorted(shipped)}, got {str(name)!r}.")

@@ -23,6 +23,7 @@ from sfv_world.card import train_options
 from sfv_world.data.collect import CollectConfig
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig
+from sfv_world.film import write_video
 from sfv_world.given import given_device
 from sfv_world.training.codec import TrainCodecConfig, train_codec
 from sfv_world.training.config import TrainConfig
@@ -95,6 +96,14 @@ def test_demo_steps_and_films(world):
         assert sum(1 for _ in film.decode(video=0)) == 5
 
 
+def test_films_are_no_larger_than_their_encoder_makes(tmp_path):
+    write_video(tmp_path / "film.mp4", np.zeros((2, 5001, 9, 3), np.uint8), 10)
+    with av.open(str(tmp_path / "film.mp4")) as film:
+        assert (film.streams.video[0].height, film.streams.video[0].width) == (10002, 18)
+    with pytest.raises(ValueError, match=r"film: expected frames of at most 8192 pixels a side, got 8193 x 9"):
+        write_video(tmp_path / "film.mp4", np.zeros((2, 8193, 9, 3), np.uint8), 10)
+
+
 PARTS = spaces.Dict(a=spaces.Discrete(2), b=spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3)]))
 
 
@@ -146,6 +155,15 @@ training = partial(TrainConfig, Path("data"), Path("world"), steps=1, device="cp
         (("train-codec", "--data", "data", "--out", "new", "--steps", 1, "--device", "foo"), "device: expected"),
         (("evaluate", "--world", "world", "--data", "nowhere"), "path: expected"),
         (("collect", "--env", "doom basic", "--out", "other"), "env_id: expected"),
+        (
+            ("demo", "--world", "world", "--env", "doom-takecover"),
+            "env: expected one with the actions of world, Discrete(4)",
+        ),
+        (("evaluate", "--world", "world", "--data", "data", "--context", 900), "context: expected at most "),
+        (
+            ("counterfactual", "--world", "world", "--data", "data", "--rows", 2000),
+            "film: expected frames of at most 8192",
+        ),
     ],
 )
 def test_mistakes_are_one_line(world, arguments, said):
@@ -167,6 +185,13 @@ def test_mistakes_are_one_line(world, arguments, said):
         (DemoConfig, {"context": 0}, "context: expected at least 1, got 0"),
         (recording, {"max_episode_steps": 0}, "max_episode_steps: expected none or at least 1, got 0"),
         (recording, {"frames_per_write": 0}, "frames_per_write: expected at least 1, got 0"),
+        (DemoConfig, {"seed": -1}, "seed: expected at least 0, got -1"),
+        (training, {"learning_rate": -1.0}, "learning_rate: expected more than 0, got -1"),
+        (training, {"gradient_clip": float("nan")}, "gradient_clip: expected more than 0, got nan"),
+        (training, {"ema": 2.0}, "ema: expected at least 0 and less than 1, got 2"),
+        (training, {"held_out": 0.0}, "held_out: expected more than 0 and less than 1, got 0"),
+        (training, {"batch": 0}, "batch: expected more than 0, got 0"),
+        (training, {"window": 0}, "window: expected more than 0, got 0"),
         (training, {"bands": -1}, "bands: expected none or at least 0, got -1"),
     ],
 )

@@ -243,6 +243,26 @@ def test_stopping_before_any_file_operation_is_harmless(
     assert allowed > 20
 
 
+def test_ctrl_c_keeps_whole_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CollectConfig(env="CartPole-v1", out=tmp_path / "d", frames=100, size=16, frame_skip=1)
+    play, played = collecting.record_episode, 0
+
+    def interrupted(*arguments: Any) -> EpisodeBuffer:
+        nonlocal played
+        played += 1
+        if played == 3:
+            signal.raise_signal(signal.SIGINT)
+        return play(*arguments)
+
+    monkeypatch.setattr(collecting, "record_episode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(config)
+    assert MinariStorage.read_raw_metadata(config.out)["total_episodes"] == 3
+    collect(config)
+    whole = collect(replace(config, out=tmp_path / "whole"))
+    np.testing.assert_array_equal(load_episodes(config.out).frames, load_episodes(whole).frames)
+
+
 def test_killed_recording_is_readable_and_continues(tmp_path: Path) -> None:
     """Kills real recordings while they write all the time."""
     script = (

@@ -1,6 +1,7 @@
 """Training: it learns, resumes exactly, and a run that goes wrong leaves the last good checkpoint."""
 
 import json
+import signal
 from dataclasses import replace
 
 import cv2
@@ -14,6 +15,7 @@ from tiny import normal
 from sfv_world.checkpoint import MODEL, load_model, load_tensors
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.evaluation import split_as_trained
+from sfv_world.interrupt import patient
 from sfv_world.loading import load_world
 from sfv_world.training import trainer
 from sfv_world.training.config import TrainConfig
@@ -86,6 +88,43 @@ def test_a_killed_run_resumes_exactly(config, monkeypatch, tmp_path):
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_ctrl_c_keeps_what_was_learned_and_a_resumed_run_goes_on_exactly(config, monkeypatch, tmp_path, capsys):
+    whole = replace(config, out=tmp_path / "whole")
+    train(whole)
+    real_step = Trainer._train_step
+
+    def interrupted(self):
+        if self.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real_step(self)  # and what is under way is finished
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert f"stopped after step 4: {config.out} keeps it (--resume goes on)" in capsys.readouterr().out
+    monkeypatch.setattr(Trainer, "_train_step", real_step)
+    resumed = Trainer(replace(config, resume=True))
+    assert resumed.step == 4
+    resumed.run()
+    expected, found = tensors(whole), tensors(config)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    Trainer(replace(config, resume=True)).run()
+    assert f"nothing to do: {config.out} has 6 steps" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), patient() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), patient(possible=False):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(config, monkeypatch):
@@ -212,7 +251,7 @@ def test_options_that_do_not_go_together_are_told(config, changes, message):
     ("changes", "message"),
     [
         (dict(patch=0), "patch must divide height and width, got patch 0"),
-        (dict(window=0), "width, depth, window: expected at least 1, got 96, 2, 0"),
+        (dict(window=0), "window: expected more than 0, got 0"),
         (dict(noise=0.0), "noise: expected more than 0.*got 0.0"),
     ],
 )  # fmt: skip

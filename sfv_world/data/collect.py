@@ -33,6 +33,7 @@ from tqdm import tqdm
 from sfv_world.agents.policies import Policy, load_policy
 from sfv_world.data.images import REPEATED_SCREEN
 from sfv_world.envs.real import make_real
+from sfv_world.interrupt import patient
 
 INDEX_FILE_NAME = "main_data.hdf5"
 RECIPE_VERSION = 1
@@ -62,7 +63,8 @@ class CollectConfig:
     max_episode_steps: int | None = None
     """Steps after which an episode is truncated; none: only the environment ends it."""
     frames_per_write: int = 4096
-    """Frames kept in memory between writes; a killed run loses at most these and the episode in progress."""
+    """Frames kept in memory between writes; a killed run loses at most these and the episode in progress, one that Ctrl-C ends
+    nothing."""
 
     def __post_init__(self) -> None:
         if self.frames_per_write < 1:
@@ -95,14 +97,19 @@ def collect(config: CollectConfig) -> Path:
         _open_dataset(config, env)
         episodes, frames = _progress(config.out)
         buffers: list[EpisodeBuffer] = []
-        with tqdm(total=config.frames, initial=frames, unit="frame", desc=str(config.out)) as bar:
+        described = {"unit": "frame", "desc": str(config.out)}
+        with patient() as interrupted, tqdm(total=config.frames, initial=frames, **described) as bar:
             while frames < config.frames:
                 buffers.append(record_episode(env, policy, config, episodes + len(buffers)))
                 frames += len(buffers[-1]) + 1
                 bar.update(len(buffers[-1]) + 1)
-                if frames >= config.frames or sum(len(buffer) + 1 for buffer in buffers) >= config.frames_per_write:
+                kept, stop = sum(len(buffer) + 1 for buffer in buffers), interrupted()
+                if frames >= config.frames or kept >= config.frames_per_write or stop:
                     _append(config.out, buffers)
                     episodes, buffers = episodes + len(buffers), []
+                if stop:
+                    bar.write(f"stopped: {config.out} keeps {episodes} episodes; the same command goes on")
+                    raise KeyboardInterrupt
     finally:
         env.close()
     return config.out

@@ -7,6 +7,7 @@ random in a step follows from (seed, step). The folder holds the moving average 
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,8 @@ from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.data.clips import load_episodes
 from sfv_world.film import write_image
 from sfv_world.given import DEVICE, given_device, set_threads
-from sfv_world.training.schedule import RunBar, check_length, moving_average, progress, rate
+from sfv_world.interrupt import patient
+from sfv_world.training.schedule import RunBar, check_run, moving_average, progress, rate
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,7 @@ class TrainCodecConfig:
     """CPU threads; none: torch's choice."""
 
     def __post_init__(self) -> None:
-        check_length(self)
-        if self.batch < 1:
-            raise ValueError(f"batch: expected at least 1 frame, got {self.batch}.")
+        check_run(self)
 
 
 class CodecTrainer:
@@ -118,24 +118,27 @@ class CodecTrainer:
         print(f"{size / 1e6:.2f} M parameters, latents of {rows} x {columns} x {config.latents} a frame")
         bar = RunBar(config, self.step, self.elapsed)
         last_validation = 0.0
-        try:
+        with patient() as interrupted, closing(bar.bar):
             while progress(config, self.step, self.elapsed) < 1:
                 began = time.perf_counter()
                 psnr = self._train_step()
                 self.elapsed += time.perf_counter() - began
                 speed = config.batch * self.step / max(self.elapsed, 1e-9)
                 bar.show(self.step, self.elapsed, f"{psnr:.1f} dB, {speed:.0f} frames/s")
+                stop = interrupted()
                 if (
                     self.elapsed - last_validation > 60 * config.validate_minutes
                     or progress(config, self.step, self.elapsed) >= 1
+                    or stop
                 ):
                     last_validation = self.elapsed
                     validation = self.validate()
                     numbers = ", ".join(f"{name} {value:.2f} dB" for name, value in validation.items())
                     bar.bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
                     self.save(validation)
-        finally:
-            bar.bar.close()
+                if stop:
+                    bar.bar.write(f"stopped after step {self.step}: {config.out} keeps it")
+                    raise KeyboardInterrupt
         return validation
 
     @torch.no_grad()

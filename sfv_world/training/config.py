@@ -8,7 +8,7 @@ from sfv_world.flow.model import DeepKind
 from sfv_world.given import DEVICE
 from sfv_world.training.distributed import Parallel
 from sfv_world.training.objective import ObjectiveConfig
-from sfv_world.training.schedule import check_length
+from sfv_world.training.schedule import check_run
 
 PRESETS = {"tiny": 2, "small": 4, "base": 8}
 """The one dial of `model_config`, by name."""
@@ -38,9 +38,9 @@ class TrainConfig:
     minutes: float | None = None
     """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
-    """World whose weights to start from, those of the shallow flow only where the bands are its own or parts of them; none:
-    random ones. It may have another window, other groups and bins, and be of another game with other actions. With
-    `freeze_backbone` a released model, which `sfv-world convert` makes."""
+    """World (a folder, or a shipped one's name) whose weights to start from, those of the shallow flow only where the bands are its
+    own or parts of them; none: random ones. It may have another window, other groups and bins, and be of another game with
+    other actions. With `freeze_backbone` a released model, which `sfv-world convert` makes."""
     freeze_backbone: bool = False
     """Train a control adapter and heads on the released model in `init`, which stays as it is and decides the sizes."""
     prompt: str = ""
@@ -95,7 +95,7 @@ class TrainConfig:
     """What each process that `torchrun` started keeps: a copy of all weights, or a shard of them and of all that AdamW knows."""
 
     def __post_init__(self) -> None:
-        check_length(self)
+        check_run(self)
         if self.clip < 2:
             raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
         if self.bands is not None and self.bands < 0:

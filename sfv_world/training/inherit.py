@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sfv_world.checkpoint import load_model
+from sfv_world.loading import find_world
 from sfv_world.model import WorldModel
 
 
@@ -20,7 +21,7 @@ def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) ->
     Raises:
         ValueError: if the worlds differ in anything else.
     """
-    shape, (before, about) = model.config, load_model(folder, device)
+    shape, (before, about) = model.config, load_model(find_world(folder), device)
     now, then, weights = shape.flow, before.config.flow, before.state_dict()
     flow = replace(then, deep=replace(then.deep, window=now.deep.window))
     if before.config.codec == shape.codec:

@@ -25,14 +25,26 @@ class Length(Protocol):
         """Steps in which the learning rate rises."""
 
 
-def check_length(config: Length) -> None:
-    """Raises a ValueError if nothing says when to stop, or what does is no length."""
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(
+        ("steps", "minutes", "warmup", "batch", "window", "learning_rate", "denoiser_learning_rate", "gradient_clip"),
+        ("more than 0", lambda value: 0 < value < math.inf),
+    ),
+    **dict.fromkeys(("validate_minutes", "weight_decay"), ("at least 0", lambda value: 0 <= value < math.inf)),
+    "ema": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
+    "held_out": ("more than 0 and less than 1", lambda value: 0 < value < 1),
+}
+"""Where the numbers of runs lie."""
+
+
+def check_run(config: Length) -> None:
+    """Raises a ValueError if nothing says when to stop, or a number is out of its range."""
     if config.steps is None and config.minutes is None:
         raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
-    for name in ("steps", "minutes", "warmup"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected more than 0, got {value}.")
+    for name, (expected, fits) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not fits(value):
+            raise ValueError(f"{name}: expected {expected}, got {value}.")
 
 
 def progress(config: Length, step: int, elapsed: float) -> float:

@@ -9,6 +9,7 @@ by `distributed`; what is said here of the run is then said of all of them toget
 import json
 import math
 import time
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
 from sfv_world.film import compare
 from sfv_world.given import set_threads
+from sfv_world.interrupt import patient
 from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
 from sfv_world.released.adapted import AdaptedModel
@@ -151,7 +153,13 @@ class Trainer:
 
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last validation's numbers."""
-        config, validation, first = self.config, {}, self.group.first
+        config, first = self.config, self.group.first
+        validation: dict[str, float] = {}
+        if progress(config, self.step, self.elapsed) >= 1:
+            if first:
+                done = f"{self.step} steps, {self.elapsed / 60:.1f} minutes"
+                print(f"nothing to do: {config.out} has {done}. Ask for more to go on.")
+            return validation
         writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step + 1) if first else None
         size = sum(parameter.numel() for parameter in self.model.parameters())
         if first:
@@ -161,7 +169,11 @@ class Trainer:
             )
         bar = RunBar(config, self.step, self.elapsed, disable=not first)
         last_validation = self.elapsed
-        try:
+        with (
+            patient(self.group.size == 1) as interrupted,
+            closing(bar.bar),
+            closing(writer) if writer else nullcontext(),
+        ):
             while progress(config, self.step, self.elapsed) < 1:
                 began = time.perf_counter()
                 metrics = self._train_step()
@@ -172,9 +184,11 @@ class Trainer:
                 if writer:
                     for name, value in metrics.items():
                         writer.add_scalar(f"train/{name}", value, self.step)
+                stop = interrupted()
                 if (
                     self.elapsed - last_validation > 60 * config.validate_minutes
                     or progress(config, self.step, self.elapsed) >= 1
+                    or stop
                 ):
                     last_validation = self.elapsed
                     validation = self.validate()
@@ -185,10 +199,9 @@ class Trainer:
                         bar.bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
                     self.save(validation)
                     self._sample()
-        finally:
-            bar.bar.close()
-            if writer:
-                writer.close()
+                if stop:
+                    bar.bar.write(f"stopped after step {self.step}: {config.out} keeps it (--resume goes on)")
+                    raise KeyboardInterrupt
         return validation
 
     def validate(self, batches: int = 4) -> dict[str, float]:
