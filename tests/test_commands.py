@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import cv2
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 import tyro
