@@ -98,11 +98,11 @@ def test_demo_steps_and_films(world):
 
 
 def test_films_are_no_larger_than_their_encoder_makes(tmp_path):
-    write_video(tmp_path / "film.mp4", np.zeros((2, 5001, 9, 3), np.uint8), 10)
+    write_video(tmp_path / "film.mp4", np.zeros((2, 5001, 9, 3), np.uint8), 10.0)
     with av.open(str(tmp_path / "film.mp4")) as film:
         assert (film.streams.video[0].height, film.streams.video[0].width) == (10002, 18)
     with pytest.raises(ValueError, match=r"film: expected frames of at most 8192 pixels a side, got 8193 x 9"):
-        write_video(tmp_path / "film.mp4", np.zeros((2, 8193, 9, 3), np.uint8), 10)
+        write_video(tmp_path / "film.mp4", np.zeros((2, 8193, 9, 3), np.uint8), 10.0)
 
 
 PARTS = spaces.Dict(a=spaces.Discrete(2), b=spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3)]))

@@ -92,6 +92,7 @@ def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
