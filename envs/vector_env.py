@@ -91,11 +91,11 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         output: str = "numpy",
         **decoding: Any,
     ):
-        for name, count in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
-            if not (isinstance(count, int | np.integer) and count >= 1) and (name, count) != (
-                "max_episode_steps",
-                None,
-            ):
+        counts = {"num_envs": num_envs}
+        if max_episode_steps is not None:
+            counts["max_episode_steps"] = max_episode_steps
+        for name, count in counts.items():
+            if not isinstance(count, int | np.integer) or count < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}.")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}.")
