@@ -41,7 +41,7 @@ class EvaluateConfig:
     data: Path
     """The recording it was trained on; its held-out episodes are found by the run's own split."""
     clips: int = 64
-    """Held-out clips to roll out."""
+    """Held-out clips to roll out, all at once: of a world on a released model as many as memory has room for."""
     rollouts: int = 3
     """Imagined rollouts of each clip, averaged for PSNR."""
     context: int = 8
