@@ -14,9 +14,11 @@ def patient(possible: bool = True) -> Iterator[Callable[[], bool]]:
     Whoever asks finishes, keeps what there is and raises KeyboardInterrupt.
 
     Args:
-        possible: if not, Ctrl-C does what it always does. So it does outside the main thread.
+        possible: if not, Ctrl-C does what it always does. So it does outside the main thread, and where it is ignored, as in
+            the background.
     """
-    if not possible or threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if not possible or ignored or threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     noted = False

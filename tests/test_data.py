@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,9 @@ def test_stopping_before_any_file_operation_is_harmless(
     assert allowed > 20
 
 
-def test_ctrl_c_keeps_whole_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_whole_episodes(
+    ctrl_c: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = CollectConfig(env="CartPole-v1", out=tmp_path / "d", frames=100, size=16, frame_skip=1)
     play, played = collecting.record_episode, 0
 
@@ -251,7 +254,7 @@ def test_ctrl_c_keeps_whole_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         nonlocal played
         played += 1
         if played == 3:
-            signal.raise_signal(signal.SIGINT)
+            ctrl_c()
         return play(*arguments)
 
     monkeypatch.setattr(collecting, "record_episode", interrupted)

@@ -90,14 +90,14 @@ def test_a_killed_run_resumes_exactly(config, monkeypatch, tmp_path):
         assert torch.equal(tensor, found[name]), name
 
 
-def test_ctrl_c_keeps_what_was_learned_and_a_resumed_run_goes_on_exactly(config, monkeypatch, tmp_path, capsys):
+def test_ctrl_c_keeps_what_was_learned_and_a_resumed_run_goes_on_exactly(config, ctrl_c, monkeypatch, tmp_path, capsys):
     whole = replace(config, out=tmp_path / "whole")
     train(whole)
     real_step = Trainer._train_step
 
     def interrupted(self):
         if self.step == 3:
-            signal.raise_signal(signal.SIGINT)
+            ctrl_c()
         return real_step(self)  # and what is under way is finished
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
@@ -115,16 +115,20 @@ def test_ctrl_c_keeps_what_was_learned_and_a_resumed_run_goes_on_exactly(config,
     assert f"nothing to do: {config.out} has 6 steps" in capsys.readouterr().out
 
 
-def test_a_second_ctrl_c_stops_at_once():
+def test_a_second_ctrl_c_stops_at_once(ctrl_c):
     with pytest.raises(KeyboardInterrupt), patient() as interrupted:
         assert not interrupted()
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
         assert interrupted()
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
     with pytest.raises(KeyboardInterrupt), patient(possible=False):
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with patient() as interrupted:
+        ctrl_c()
+        assert not interrupted()
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(config, monkeypatch):

@@ -30,7 +30,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
         ("steps", "minutes", "warmup", "batch", "window", "learning_rate", "denoiser_learning_rate", "gradient_clip"),
         ("more than 0", lambda value: 0 < value < math.inf),
     ),
-    **dict.fromkeys(("validate_minutes", "weight_decay"), ("at least 0", lambda value: 0 <= value < math.inf)),
+    **dict.fromkeys(("validate_minutes", "weight_decay"), ("at least 0", lambda value: value >= 0)),
     "ema": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
     "held_out": ("more than 0 and less than 1", lambda value: 0 < value < 1),
 }
