@@ -45,7 +45,7 @@ class RowsState:
     def __getitem__(self, rows: Any) -> "RowsState":
         """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
         index = np.atleast_1d(np.arange(len(self.rows))[rows])
-        generators = copy.deepcopy([self.generators[row] for row in index])
+        generators = [copy.deepcopy(self.generators[row]) for row in index]  # one by one: a row may be there twice
         return RowsState(self.rows[index], self.steps[index], self.ended[index], generators)
 
 
@@ -219,7 +219,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         index = np.atleast_1d(np.arange(self.num_envs)[rows])
         self._settle()
         state = self._current("save_state")[index]
-        generators = copy.deepcopy([self._generators[row] for row in index])
+        generators = [copy.deepcopy(self._generators[row]) for row in index]
         return RowsState(state, self._steps[index], self._ended[index], generators)
 
     def restore_state(self, saved: RowsState, rows: Any = slice(None)) -> None:
@@ -249,8 +249,8 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             current = self._current("restore_state")
             current.put(index, self.world.at_clock(saved.rows, current.clock))
         self._steps[index], self._ended[index] = saved.steps, saved.ended
-        for row, generator in zip(index, copy.deepcopy(saved.generators), strict=True):
-            self._generators[row] = generator
+        for row, generator in zip(index, saved.generators, strict=True):
+            self._generators[row] = copy.deepcopy(generator)
 
     def _seeds(self, seed: Any) -> list[int | None]:
         if isinstance(seed, int | np.integer):

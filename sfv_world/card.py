@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from sfv_world.codec.latent import LatentCodecConfig
 from sfv_world.codec.pixels import PixelCodecConfig
+from sfv_world.loading import SHIPPED
 from sfv_world.released.adapted import AdaptedConfig
 from sfv_world.training.config import TrainConfig
 from sfv_world.world import World
@@ -97,6 +98,8 @@ def _lossless(found: dict[str, Any] | None) -> list[str]:
 def model_card(world: World, results: dict[str, Any]) -> str:
     """The model card of a trained world, Markdown."""
     run, data = world.about["training"], world.about["data"]
+    shipped = world.folder is not None and world.folder.parent.samefile(SHIPPED)
+    name = world.name if shipped else run["out"]
     recipe, config = data.get("recipe", {}), world.model.config
     frames = run["batch"] * run["clip"] * world.about["steps"]
     before = world.about.get("before")
@@ -120,7 +123,7 @@ def model_card(world: World, results: dict[str, Any]) -> str:
         past += f", the prompt `{config.prompt}`"
     return f"""# {world.name}
 
-A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{world.name}")`.
+A learned world: a causal normalizing flow over video, with exact likelihoods. `gym.make("sfv_world/World-v0", world="{name}")`.
 
 ![Imagined above, real continuation below](rollouts.png)
 
@@ -134,7 +137,7 @@ minutes on `{run["device"]}` by {processes} process(es) of {run["threads"] or "a
 
 ## Results
 
-Measured by `sfv-world evaluate --world {world.name} --data {run["data"]}` ({results["machine"]}).
+Measured by `sfv-world evaluate --world {name} --data {run["data"]}` ({results["machine"]}).
 
 {tables(results)}
 """

@@ -51,7 +51,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # that of any new file here, which some libraries do not keep to
         yield beside
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -68,7 +71,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Writes a safetensors file, whole or not at all."""
     with replacing(path) as beside:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, beside, dict(metadata or {}))
+        try:
+            save_file(contiguous, beside, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,7 +141,9 @@ def read_world(folder: Path, kind: type[Config]) -> tuple[Config, gym.Space[Any]
             found = config.get("format") if isinstance(config, dict) else type(config).__name__
             raise ValueError(f"{path}: expected a world of format {FORMAT}, got {found!r}. Train or convert it again.")
         if config.get("kind", ModelConfig.__name__) != kind.__name__:
-            raise ValueError(f"{path}: expected a world of kind {kind.__name__}, got {config['kind']!r}.")
+            kinds = {ModelConfig.__name__: "of its own weights", "AdaptedConfig": "on a released model"}
+            wanted, got = (kinds.get(name, name) for name in (kind.__name__, config["kind"]))
+            raise ValueError(f"{path}: expected a world {wanted}, got one {got}, which this does not take.")
         model_config = TypeAdapter(kind).validate_python(config["model"])
         action_space = deserialize_space(json.dumps(config["action_space"]))
     except (FileNotFoundError, NotADirectoryError):

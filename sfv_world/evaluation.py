@@ -47,7 +47,7 @@ class EvaluateConfig:
     context: int = 8
     """Observed frames before a rollout; up to whole steps, where those have several frames."""
     frames: int = 4000
-    """Held-out frames to score, at least."""
+    """Held-out frames (steps, where those have several) to score, at least; clips of them may overlap."""
     seed: int = 0
     """Seed of the choice of clips and of all noise."""
     out: Path | None = None

@@ -32,8 +32,8 @@ VIDEO, IMAGE = (480, 848, 81), (256, 256, 1)
 """Height, width and frames that models of videos and of images were made for."""
 
 SMALLER = (
-    "Give fewer pixels (--height, --width), a smaller --clip.chunk, no guidance (--clip.guidance 0), --dtype bfloat16, a "
-    "larger device or several (torchrun --nproc-per-node 2 -m sfv_world generate ...)."
+    "Give fewer pixels (--height, --width), a smaller --clip.chunk (and --clip.context), no guidance (--clip.guidance 0), --dtype "
+    "bfloat16, a larger device or several (torchrun --nproc-per-node 2 -m sfv_world generate ...)."
 )
 ELSEWHERE = (
     "Give --dtype bfloat16, or run once with this --dtype where there is room and bring the folder of --prompts."
@@ -110,6 +110,8 @@ def prepare(config: GenerateConfig) -> Job:
     kind, suffix = ("videos", ".mp4") if is_video else ("images", ".png")
     if config.out.suffix != suffix:
         raise ValueError(f"out: expected a {suffix} file, since this is a model of {kind}, got {config.out}.")
+    if config.out.is_dir():
+        raise ValueError(f"out: expected a file, got the folder {config.out}.")
     above = next(folder for folder in config.out.absolute().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ValueError(f"out: expected a file in a folder that can be written to, got {config.out}.")

@@ -82,7 +82,12 @@ def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
     assert found["rollouts"]["context"] == 5 and found["rollouts"]["largest_certificate"] < 1e-3
     steps = sum(-(-(n - 1) // 4) for n in split_as_trained(sfv_world.load_world(out), home / "data")[1].lengths)
     assert found["outcomes"]["frames"] == steps and (out / "rollouts.png").exists()
-    assert "on the released model in `../../" in card and "--prompt 'a cat'" in card and "the prompt `a cat`" in card
+    assert (
+        "on the released model in `../../" in card
+        and f'world="{out}"' in card
+        and "--prompt 'a cat'" in card
+        and "the prompt `a cat`" in card
+    )
 
 
 def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config, tmp_path, monkeypatch):

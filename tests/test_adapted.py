@@ -190,6 +190,25 @@ def test_rows_at_the_same_place_are_computed_together(world):
     assert len(state[[]]) == len(state[[]].stream.tokens) == 0
 
 
+def test_rows_that_began_at_different_steps_are_restored_bit_for_bit(world):
+    envs = WorldVectorEnv(4, world=world, autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    actions = np.array([0, 1, 2, 1])
+    envs.step(actions)
+    envs._ended[:] = False
+    envs.reset(options={"reset_mask": np.array([True, False, False, True])})
+    saved, runs = envs.save_state(), []
+    for _ in range(2):
+        runs.append([])
+        for _ in range(3):
+            frames, *_, info = envs.step(actions)
+            envs._ended[:] = False
+            runs[-1] += [frames, info["log_likelihood"]]
+        envs.restore_state(saved)
+    for first, again in zip(*runs, strict=True):
+        np.testing.assert_array_equal(first, again)
+
+
 def test_actions_change_what_follows(world):
     state = world.start([0])
     _, one = world.step(state[:], [0])

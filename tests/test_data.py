@@ -244,6 +244,16 @@ def test_stopping_before_any_file_operation_is_harmless(
     assert allowed > 20
 
 
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CollectConfig(env="CartPole-v1", out=tmp_path / "d", frames=30, size=16, frame_skip=1)
+    collect(config)
+    before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(collecting.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OSError, match=r"d: expected room for \d+ MB, found 0 MB free"):
+        collect(replace(config, frames=100))
+    assert before == {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+
+
 def test_ctrl_c_keeps_whole_episodes(
     ctrl_c: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from sfv_world.released.plan import InfoConfig, info, parameter_counts, plan
         ({"temporal_causal": 3}, "temporal_causal must be 0, 1 or 2, got 3"),
         ({"num_blocks": 4}, "num_blocks 4 does not match"),
         ({"width": 4}, r"unknown names \['width'\]"),
+        ({"action_space": {}}, "expected a released model, got a world"),
         ({"in_channels": "many"}, "in_channels: .*integer"),
         *(({name: "other"}, f"{name} must be .*, got 'other'; other variants") for name in FIXED),
     ],

@@ -187,7 +187,9 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
         assert len(begun) > 50
         for name, tensor in begun.items():
             assert torch.equal(second.model.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match=r"init: expected a world of the shape.*noise=0.1"):
+    with pytest.raises(
+        ValueError, match=r"init: expected a world of this one's shape, got .* with noise 0.05 \(here 0.1\)\."
+    ):
         Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
 
 
@@ -200,6 +202,13 @@ def test_a_run_can_start_from_a_world_of_another_game(config, tmp_path):
     assert begun.action_space.n == 7 != before.action_space.n
     anew = {name for name, tensor in before.state_dict().items() if not torch.equal(begun.state_dict()[name], tensor)}
     assert anew == {f"controls.project.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
+
+
+def test_folders_of_other_things_are_left_alone(config):
+    with pytest.raises(ValueError, match=r"out: expected a new folder, found main_data.hdf5, metadata.json, parts in "):
+        Trainer(replace(config, out=config.data))
+    (config.out / "tensorboard").mkdir(parents=True)
+    Trainer(config)  # of a run that ended before its first checkpoint
 
 
 def test_a_resumed_run_knows_what_it_began_with(config, tmp_path):

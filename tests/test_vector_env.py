@@ -128,6 +128,17 @@ def test_states_are_restored_bit_for_bit(tiny_world):
         np.testing.assert_array_equal(a[4]["log_likelihood"], b[4]["log_likelihood"])
 
 
+def test_forks_of_a_row_go_on_alike_beyond_the_ends_of_episodes(tiny_world):
+    envs = WorldVectorEnv(1, world=tiny_world, max_episode_steps=2)
+    envs.reset(seed=0)
+    twice = envs.save_state([0, 0])
+    forks = WorldVectorEnv(2, world=tiny_world, max_episode_steps=2)
+    forks.restore_state(twice[[1, 0]])
+    expected = [np.concatenate([envs.step([0])[0]] * 2) for _ in range(9)]
+    for frames in expected:
+        assert np.abs(forks.step([0, 0])[0].astype(int) - frames).max() <= 1
+
+
 def test_a_row_is_forked_into_others_at_another_clock(tiny_world):
     envs = WorldVectorEnv(ROWS, world=tiny_world, autoreset_mode="Disabled")
     envs.reset(seed=0)

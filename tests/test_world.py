@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sfv_world import World, load_world
@@ -453,6 +454,24 @@ def test_a_state_is_of_one_world_alone(build_world):
         one.step(state[[]], [])
     with pytest.raises(ValueError, match="seeds: expected .* at least one row, got none"):
         one.start([])
+
+
+def test_files_are_as_readable_as_any_others(build_world, tmp_path):
+    world = load_world(build_world())
+    world.save_state(world.start([0]), tmp_path / "state")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_file_that_cannot_be_written_is_told(build_world, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    world = load_world(build_world())
+    monkeypatch.setattr("sfv_world.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="state: could not be written .No space left on device"):
+        world.save_state(world.start([0]), tmp_path / "state")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_world_can_decode_otherwise(build_world):

@@ -194,6 +194,9 @@ def _open_dataset(config: CollectConfig, env: gym.Env[np.ndarray, Any]) -> None:
 def _append(out: Path, buffers: list[EpisodeBuffer]) -> None:
     """Adds whole episodes to the dataset: part, index, metadata, each moved into place complete."""
     episodes, frames = _progress(out)
+    needed, free = 2 * sum(np.asarray(buffer.observations).nbytes for buffer in buffers), shutil.disk_usage(out).free
+    if needed > free:  # told before HDF5 finds out, which does not survive it
+        raise OSError(f"{out}: expected room for {needed / 1e6:.0f} MB, found {free / 1e6:.0f} MB free")
     storage = MinariStorage.read(out)
     writing = _fresh_folder(out / ".writing")
     written = MinariStorage.new(writing, storage.observation_space, storage.action_space, jpeg_encoding=False)

@@ -128,6 +128,8 @@ def parse_config(values: Mapping[str, Any], source: str) -> ReleasedConfig:
     Raises:
         ValueError: if a name is unknown or missing, or a value is of a variant that no released model uses.
     """
+    if "action_space" in values:
+        raise ValueError(f"{source}: expected a released model, got a world, whose README.md says what it is.")
     known = {field.name for field in fields(ReleasedConfig)}
     if unknown := sorted(values.keys() - known - FIXED.keys() - set(DERIVED)):
         raise ValueError(f"{source}: unknown names {unknown}; expected some of {sorted(known)}.")

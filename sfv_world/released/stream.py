@@ -140,7 +140,9 @@ class ReleasedStream:
         """A copy of the given rows (selected, repeated, reordered)."""
         wanted, parts = rows.cpu().numpy(), []
         for videos in self.parts:
-            row, index = np.nonzero(wanted[:, None] == videos.rows)
+            index, row = np.nonzero(
+                videos.rows[:, None] == wanted
+            )  # in the order of these videos: places in a batch round alike
             if len(row) or not len(wanted):
                 parts.append(videos.select(index, row))
         return ReleasedStream(parts)

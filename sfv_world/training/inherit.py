@@ -3,13 +3,15 @@
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from sfv_world.checkpoint import load_model
 from sfv_world.loading import find_world
-from sfv_world.model import WorldModel
+from sfv_world.model import ModelConfig, WorldModel
 
 
 def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) -> dict[str, int | float]:
@@ -35,9 +37,11 @@ def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) ->
     if before.action_space != model.action_space:
         weights = {name: w for name, w in weights.items() if not name.startswith("controls.project.")}
     if theirs != shape:
+        mine, other = (_flat(TypeAdapter(ModelConfig).dump_python(config)) for config in (shape, theirs))
+        differ = [f"{name} {value} (here {mine.get(name)})" for name, value in other.items() if mine.get(name) != value]
         raise ValueError(
-            f"init: expected a world of the shape {shape}, got {before.config}. "
-            "Choose the preset, kind, window, codec, patch and noise it was trained with."
+            f"init: expected a world of this one's shape, got {folder} with {', '.join(differ)}. Choose the preset, kind, window, "
+            "codec, patch and noise it was trained with, and a recording of its frame size."
         )
     mine = model.state_dict()
     if any(not torch.equal(w, mine[name]) for name, w in weights.items() if name.startswith("codec.autoencoder.")):
@@ -45,6 +49,14 @@ def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) ->
     model.load_state_dict(mine | weights)
     earlier = about.get("before") or {}
     return {name: about.get(name, 0) + earlier.get(name, 0) for name in ("steps", "minutes")}
+
+
+def _flat(values: dict[str, Any], lead: str = "") -> dict[str, Any]:
+    """All values of a nested configuration by their whole names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{lead}{name}.") if isinstance(value, dict) else {f"{lead}{name}": value}
+    return found
 
 
 def _of_bands(weights: dict[str, Tensor], before: tuple[int, ...], now: tuple[int, ...]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from sfv_world.checkpoint import CODEC, CONFIG, check_vacant, load_autoencoder, save_model
+from sfv_world.checkpoint import CODEC, CONFIG, MODEL, STARTS, check_vacant, load_autoencoder, save_model
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
 from sfv_world.film import compare
@@ -42,6 +42,10 @@ from sfv_world.world import World
 STATE = "training.json"
 
 
+LEFTOVERS = ("tensorboard", "samples", STARTS, MODEL)
+"""What a run may have left that ended before its first checkpoint."""
+
+
 class Trainer:
     """One training run, or one process's part in it."""
 
@@ -59,6 +63,12 @@ class Trainer:
             )
         if not config.resume:
             check_vacant(config.out, "codec or world", CODEC, CONFIG)
+            names = sorted(path.name for path in config.out.glob("*"))
+            others = [name for name in names if name not in LEFTOVERS and not name.startswith(".")]
+            if others:
+                raise ValueError(
+                    f"out: expected a new folder, found {', '.join(others[:3])} in {config.out}. Name another."
+                )
         episodes = load_episodes(config.data)
         count = config.episodes
         if count is None and config.resume:
@@ -170,7 +180,7 @@ class Trainer:
         bar = RunBar(config, self.step, self.elapsed, disable=not first)
         last_validation = self.elapsed
         with (
-            patient(self.group.size == 1) as interrupted,
+            patient() as interrupted,
             closing(bar.bar),
             closing(writer) if writer else nullcontext(),
         ):
@@ -184,7 +194,7 @@ class Trainer:
                 if writer:
                     for name, value in metrics.items():
                         writer.add_scalar(f"train/{name}", value, self.step)
-                stop = interrupted()
+                stop = bool(self.group.agree(float(interrupted())))
                 if (
                     self.elapsed - last_validation > 60 * config.validate_minutes
                     or progress(config, self.step, self.elapsed) >= 1
@@ -199,8 +209,9 @@ class Trainer:
                         bar.bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
                     self.save(validation)
                     self._sample()
-                if stop:
+                if stop and first:
                     bar.bar.write(f"stopped after step {self.step}: {config.out} keeps it (--resume goes on)")
+                if stop:
                     raise KeyboardInterrupt
         return validation
 
