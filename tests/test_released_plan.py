@@ -97,8 +97,9 @@ def test_info_prints_a_plan(capsys):
     assert "starflow-v-7b: 6.89 B parameters (deep 4.84 B, shallow 1.14 B, denoiser 0.91 B)" in out
     assert "does not fit" not in out
     assert re.search(r"weights +13\.8\n", out) and re.search(r"deep block, token by token +\d+\.\d\d\n", out)
-    cli.main(["info", "starflow-3b", "--frames", "1", "--rows", "32", "--columns", "32", "--memory", "4"])
-    assert "does not fit" in capsys.readouterr().out
+    cli.main(["info", "starflow-3b", "--memory", "4"])
+    out = capsys.readouterr().out
+    assert "1 x 1 frames of 32 x 32 tokens" in out and "does not fit" in out
 
 
 def test_the_plan_counts(tmp_path):
@@ -116,6 +117,6 @@ def test_the_plan_counts(tmp_path):
     assert guided.memory["keys and values, deep block"] == 2 * found.memory["keys and values, deep block"]
     assert all(value > 0 for value in found.seconds.values())
     with pytest.raises(ValueError, match=r"frames must be 1 .*--frames 1"):
-        info(InfoConfig("starflow-3b"))
+        info(InfoConfig("starflow-3b", frames=21))
     with pytest.raises(ValueError, match="batch must be positive, got 0"):
         InfoConfig(batch=0)

@@ -23,12 +23,12 @@ class InfoConfig:
 
     model: Annotated[str, tyro.conf.Positional] = "starflow-v-7b"
     """A preset, a configuration's JSON file or a converted folder."""
-    frames: int = 21
-    """Latent frames; a model of images has one."""
-    rows: int = 30
-    """Rows of tokens in a frame."""
-    columns: int = 53
-    """Columns of tokens in a frame."""
+    frames: int | None = None
+    """Latent frames; none: 21, or the one that a model of images has."""
+    rows: int | None = None
+    """Rows of tokens in a frame; none: 30, or of images as many as in training."""
+    columns: int | None = None
+    """Columns of tokens in a frame; none: 53, or of images as many as in training."""
     batch: int = 1
     """Videos at once."""
     devices: int = 1
@@ -51,21 +51,17 @@ class InfoConfig:
     """The share of the peak that large matrix products reach."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "frames",
-            "rows",
-            "columns",
-            "batch",
-            "devices",
-            "block",
-            "sweeps",
-            "memory",
-            "bandwidth",
-            "tflops",
-            "share",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not value > 0 and name != "guided":
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def size(self, model: ReleasedConfig) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of tokens."""
+        usual = (21, 30, 53) if model.shallow_block_local else (1, model.pt_seq_len, model.pt_seq_len)
+        frames, rows, columns = (
+            asked or other for asked, other in zip((self.frames, self.rows, self.columns), usual, strict=True)
+        )
+        return frames, rows, columns
 
 
 def parameter_counts(config: ReleasedConfig) -> dict[str, int]:
@@ -94,11 +90,12 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
     Raises:
         ValueError: if a model of images is given more than one frame.
     """
-    if work.frames > 1 and not config.shallow_block_local:
-        raise ValueError(f"frames must be 1 for a model of images ({work.model}), got {work.frames}. Give --frames 1.")
+    frames, rows, columns = work.size(config)
+    if frames > 1 and not config.shallow_block_local:
+        raise ValueError(f"frames must be 1 for a model of images ({work.model}), got {frames}. Give --frames 1.")
     size = 2 if work.dtype == "bfloat16" else 4
-    place = work.rows * work.columns
-    slots, sequences = config.txt_size + work.frames * place, work.batch * (2 if work.guided else 1)
+    place = rows * columns
+    slots, sequences = config.txt_size + frames * place, work.batch * (2 if work.guided else 1)
     depth, shallow = config.layers_per_block[-1], config.layers_per_block[:-1]
     deep_weights, shallow_weights, denoiser_weights = (
         float(count * size) for count in parameter_counts(config).values()
@@ -117,15 +114,15 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         return max(flops / (work.tflops * 1e12 * work.share), passes * read / (work.bandwidth * 1e9))
 
     # Two operations a weight and token, and causal attention at half of 4 S^2 a channel and layer.
-    tokens = work.batch * work.frames * place
+    tokens = work.batch * frames * place
     deep = 2 * deep_weights / size * slots + 2 * slots**2 * config.deep_width * depth
     local = 2 * shallow_weights / size * tokens + 2 * tokens * place * config.channels * sum(shallow)
-    seen = work.frames if config.temporal_causal == 0 else min(work.frames, config.denoiser_window + 1)
+    seen = frames if config.temporal_causal == 0 else min(frames, config.denoiser_window + 1)
     denoiser = 2 * denoiser_weights / size + 4 * seen * place * config.channels * DENOISER_LAYERS * bool(
         denoiser_weights
     )
     shallow_read = shallow_weights + len(shallow) * shallow_cache / 2
-    deep_read, deep_passes = deep_weights + deep_cache / 2, float(work.frames * place)
+    deep_read, deep_passes = deep_weights + deep_cache / 2, float(frames * place)
     faster = work.block / work.sweeps
     times = {
         "log-likelihood of the video": seconds(deep * work.batch, deep_weights) + seconds(local, shallow_weights),
@@ -133,9 +130,9 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         f"deep block, Jacobi ({work.sweeps:g} sweeps a block of {work.block})": seconds(
             deep * sequences * work.sweeps, deep_read, deep_passes / faster
         ),
-        "shallow blocks, token by token": seconds(local, shallow_read, float(work.frames * place)),
+        "shallow blocks, token by token": seconds(local, shallow_read, float(frames * place)),
         f"shallow blocks, Jacobi ({work.sweeps:g} sweeps a frame)": seconds(
-            local * work.sweeps, shallow_read, work.frames * work.sweeps
+            local * work.sweeps, shallow_read, frames * work.sweeps
         ),
         "denoiser": seconds(denoiser * tokens, denoiser_weights),
     }
@@ -172,13 +169,14 @@ def info(config: InfoConfig) -> Plan:
         ValueError: if there is no such model.
     """
     model = find_config(config.model)
+    frames, rows, columns = config.size(model)
     found, counts = plan(model, config), parameter_counts(model)
     total = sum(found.memory.values())
     parts = ", ".join(f"{name} {count / 1e9:.2f} B" for name, count in counts.items())
     guided = "guided" if config.guided else "not guided"
     lines = [
         f"{config.model}: {sum(counts.values()) / 1e9:.2f} B parameters ({parts})",
-        f"{config.batch} x {config.frames} frames of {config.rows} x {config.columns} tokens after {model.txt_size} of text, "
+        f"{config.batch} x {frames} frames of {rows} x {columns} tokens after {model.txt_size} of text, "
         f"{guided}, {config.dtype}",
         "",
         f"memory{' of each device' if config.devices > 1 else ''}, GB",
