@@ -33,7 +33,7 @@ from sfv_world.film import as_shown
 from sfv_world.flow.model import FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
-from sfv_world.training.codec import TrainCodecConfig, train_codec
+from sfv_world.training.codec import CodecTrainer, TrainCodecConfig, train_codec
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, world_loss
 from sfv_world.training.trainer import Trainer
@@ -240,6 +240,22 @@ def home(tmp_path_factory):
     main_options = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     main(["train-codec", "--data", str(home / "data"), "--out", str(home / "codec"), "--steps", "150", *main_options])
     return home
+
+
+def test_ctrl_c_keeps_the_codec_as_it_is(home, ctrl_c, tmp_path, monkeypatch, capsys):
+    step = CodecTrainer._train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            ctrl_c()
+        return step(self)
+
+    monkeypatch.setattr(CodecTrainer, "_train_step", interrupted)
+    config = TrainCodecConfig(home / "data", tmp_path / "codec", space=4, base=16, steps=100, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train_codec(config)
+    assert f"stopped after step 3: {config.out} keeps it" in capsys.readouterr().out
+    assert load_autoencoder(config.out)[1]["steps"] == 3
 
 
 def test_a_codec_then_a_world_then_its_evaluation(home, capsys):
