@@ -1,8 +1,10 @@
 """Many processes train as one does: the same curve, the same state on another number of processes, the same mistakes."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -179,3 +181,28 @@ def test_the_command(home):
     assert done.stdout.count("parameters") == done.stdout.count("held out flow_loss") == 1
     assert load_model(home / "command")[1]["steps"] == 1
     assert {path.suffix for path in (home / "command/samples").iterdir()} == {".mp4", ".png"}
+
+
+def test_ctrl_c_keeps_what_all_processes_learned(home, tmp_path):
+    out, log = home / "interrupted", tmp_path / "log"
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name not in ("steps", "objective")
+    ]
+    command = ["-m", "sfv_world", "train", "--data", home / "data", "--out", out, *options, "--minutes=5"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            list(map(str, launcher)),
+            stdout=written,
+            stderr=written,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may run where it is ignored
+        )
+    while "step 2," not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    assert "stopped after step" in log.read_text()
+    steps = load_model(out)[1]["steps"]
+    python("-m", "sfv_world", *command[2:-1], "--resume", f"--steps={steps + 1}")
+    assert load_model(out)[1]["steps"] == steps + 1
