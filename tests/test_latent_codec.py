@@ -329,7 +329,7 @@ def test_a_world_goes_on_with_its_own_codec_only(home, tmp_path):
     save_autoencoder(tmp_path / "other", randomised(other))
     with pytest.raises(ValueError, match=r"init: expected a world of the codec.*Choose the codec it has"):
         Trainer(replace(config, out=tmp_path / "c", init=tmp_path / "a", codec=tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"init: expected a world of the shape"):
+    with pytest.raises(ValueError, match=r"init: expected a world of this one.s shape.*codec.patch 2 \(here 8\)"):
         Trainer(replace(config, out=tmp_path / "c", init=tmp_path / "a", codec=None))
 
 
