@@ -270,11 +270,13 @@ class AdaptedModel(nn.Module):
     def _show(self, videos: Videos, clean_first: bool) -> UInt8[Tensor, "b time height width 3"]:
         tokens = videos.chunk[-1].tokens[:, None]
         if clean_first:
-            chunk, _, controls = (torch.stack(part, dim=1) for part in zip(*videos.chunk, strict=True))
-            told = self.adapter.told(controls, self.text.shape[1])
-            tokens = clean(self.flow, chunk, self._text(len(chunk)), self.codec.config.grid, self.config.noise, told)[
-                :, -1:
-            ]
+            chunk, _, controls = (torch.stack(part, dim=1).split(1) for part in zip(*videos.chunk, strict=True))
+            cleaned = []
+            for tokens, told in zip(chunk, controls, strict=True):  # one by one: a parallel pass is what takes memory
+                adapted = self.adapter.told(told, self.text.shape[1])
+                whole = clean(self.flow, tokens, self.text, self.codec.config.grid, self.config.noise, adapted)
+                cleaned.append(whole[:, -1:])
+            tokens = torch.cat(cleaned)
         return self.codec.frames(self.codec.decode(tokens), videos.shown)
 
     def _deep(
