@@ -56,15 +56,13 @@ class DecodingConfig:
     frame is known ("lookahead"): all that is said is then said one step later. The world goes on from noised frames."""
 
     def __post_init__(self) -> None:
-        for name, wanted in (
-            ("tolerance", "a positive number"),
-            ("temperature", "at least 0"),
-            ("guidance", "at least 0"),
+        for name, wanted, least in (
+            ("tolerance", "a positive number", math.ulp(0.0)),
+            ("temperature", "at least 0", 0.0),
+            ("guidance", "at least 0", 0.0),
         ):
             value = getattr(self, name)
-            if not (isinstance(value, float | int | np.number) and 0 <= value < math.inf) or (
-                name == "tolerance" and value == 0
-            ):
+            if not (isinstance(value, float | int | np.number) and least <= value < math.inf):
                 raise ValueError(f"{name}: expected {wanted}, got {value!r}.")
         for name in ("block", "max_sweeps"):
             value = getattr(self, name)

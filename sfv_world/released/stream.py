@@ -140,9 +140,8 @@ class ReleasedStream:
         """A copy of the given rows (selected, repeated, reordered)."""
         wanted, parts = rows.cpu().numpy(), []
         for videos in self.parts:
-            index, row = np.nonzero(
-                videos.rows[:, None] == wanted
-            )  # in the order of these videos: places in a batch round alike
+            # In the order of these videos: a copy of all of them keeps their places in the batch, where they round alike.
+            index, row = np.nonzero(videos.rows[:, None] == wanted)
             if len(row) or not len(wanted):
                 parts.append(videos.select(index, row))
         return ReleasedStream(parts)

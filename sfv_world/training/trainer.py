@@ -209,9 +209,9 @@ class Trainer:
                         bar.bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
                     self.save(validation)
                     self._sample()
-                if stop and first:
-                    bar.bar.write(f"stopped after step {self.step}: {config.out} keeps it (--resume goes on)")
                 if stop:
+                    if first:
+                        bar.bar.write(f"stopped after step {self.step}: {config.out} keeps it (--resume goes on)")
                     raise KeyboardInterrupt
         return validation
 
@@ -359,7 +359,7 @@ class Trainer:
     @property
     def _context(self) -> int:
         """Frames to begin with: four, or the whole steps that have them."""
-        return 1 + -(-3 // self.model.codec.time) * self.model.codec.time
+        return self.model.codec.whole(4)
 
 
 def train(config: TrainConfig) -> dict[str, float]:
