@@ -19,7 +19,8 @@ from sfv_world.given import DEVICE, set_threads
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.training.config import TrainConfig
-from sfv_world.training.trainer import STATE, Trainer
+from sfv_world.training.run import STATE
+from sfv_world.training.trainer import Trainer
 from sfv_world.world import World
 
 Variant = Literal["frame-parallel", "frame-parallel-raster", "autoregressive", "latent"]
@@ -97,7 +98,7 @@ def trained(config: TrainConfig, resume: bool) -> tuple[World, float]:
     options = {field: getattr(config, field) for field in config.__dataclass_fields__}
     trainer = Trainer(TrainConfig(**{**options, "resume": resume and (config.out / STATE).exists()}))
     trainer.run()
-    return load_world(config.out, config.device), config.batch * config.clip * trainer.step / trainer.elapsed
+    return load_world(config.out, config.device), trainer.frames_a_step * trainer.step / trainer.elapsed
 
 
 def measure(folder: Path, config: LearningConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import ClipSampler, Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
-from sfv_world.film import Continuation, as_shown, compare, imagine, long_clips
+from sfv_world.film import Continuation, as_shown, compare, decibels, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import load_world
@@ -272,7 +272,7 @@ def denoising(world: World, held_out: Episodes, count: int, seed: int, length: i
     for name, parts in errors.items():
         error = torch.cat(parts)
         flicker = error.diff(dim=1).square().mean().sqrt().item()
-        found[name] = {"psnr": _decibels(error.square().mean().item()), "flicker": flicker}
+        found[name] = {"psnr": decibels(error.square().mean().item()), "flicker": flicker}
     return found
 
 
@@ -281,11 +281,7 @@ def psnr(imagined: Real[np.ndarray, "b h w 3"], real: UInt8[np.ndarray, "b h w 3
 
     Averaged before the logarithm, because a copy of a frame in which nothing moves has no error at all.
     """
-    return _decibels(np.square(imagined.astype(np.float64) - real).mean())
-
-
-def _decibels(mean_square: float) -> float:
-    return 10 * math.log10(255**2 / max(mean_square, 1e-9))
+    return decibels(np.square(imagined.astype(np.float64) - real).mean())
 
 
 def _by_horizon(imagined: np.ndarray, real: np.ndarray) -> dict[int, float]:

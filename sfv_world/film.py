@@ -1,5 +1,6 @@
 """Films and contact sheets: what a world imagines, beside what really happened."""
 
+import math
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,11 @@ def compare(world: World, episodes: Episodes, path: Path, rows: int = 4, frames:
     write_video(path, rearrange(pairs, "b two n h w c -> n (two h) (b w) c"), episodes.fps or 8.75)
     sheet = rearrange(pairs[:, :, :: max(1, frames // 12)], "b two n h w c -> (b two h) (n w) c")
     write_image(path.with_suffix(".png"), sheet)
+
+
+def decibels(mean_square: float) -> float:
+    """Peak signal-to-noise ratio of frames of 256 levels with such a mean squared error."""
+    return 10 * math.log10(255**2 / max(mean_square, 1e-9))
 
 
 def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

@@ -28,7 +28,7 @@ from sfv_world.drift import (
     typicality,
 )
 from sfv_world.evaluation import split_as_trained
-from sfv_world.film import as_shown, long_clips, write_image
+from sfv_world.film import as_shown, decibels, long_clips, write_image
 from sfv_world.free_run import Beginnings, HorizonConfig, Rollout, beginnings, choose_episodes, free_run, shown_frames
 from sfv_world.horizon_report import LEVEL, panels, table
 from sfv_world.loading import load_world
@@ -263,4 +263,4 @@ def _halfway(a: float | None, b: float) -> float | None:
 
 def _psnr(errors: Float[np.ndarray, "n"]) -> float | None:
     """Of squared errors averaged before the logarithm."""
-    return float(10 * np.log10(255**2 / max(errors.mean(), 1e-9))) if len(errors) else None
+    return decibels(errors.mean()) if len(errors) else None

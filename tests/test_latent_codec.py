@@ -254,7 +254,7 @@ def test_ctrl_c_keeps_the_codec_as_it_is(home, ctrl_c, tmp_path, monkeypatch, ca
     config = TrainCodecConfig(home / "data", tmp_path / "codec", space=4, base=16, steps=100, device="cpu")
     with pytest.raises(KeyboardInterrupt):
         train_codec(config)
-    assert f"stopped after step 3: {config.out} keeps it" in capsys.readouterr().out
+    assert f"stopped after step 3: {config.out} keeps it (--resume goes on)" in capsys.readouterr().out
     assert load_autoencoder(config.out)[1]["steps"] == 3
 
 
@@ -292,14 +292,32 @@ def test_a_codec_then_a_world_then_its_evaluation(home, capsys):
     assert "latents of 4 x 6 x 4 a frame" in (home / "found" / "README.md").read_text()
 
 
-def test_training_is_seeded(home, tmp_path):
-    config = TrainCodecConfig(
-        home / "data", tmp_path / "a", space=4, latents=2, base=16, steps=3, batch=4, device="cpu"
-    )
+def test_training_is_seeded_and_resumes_exactly(home, tmp_path, monkeypatch):
+    def saved(name):
+        (shards,) = (tmp_path / name).glob("training.*/*.safetensors")
+        return load_tensors(tmp_path / name / CODEC)[0] | load_tensors(shards)[0]
+
+    options = dict(space=4, latents=2, base=16, steps=4, batch=4, validate_minutes=0.0, device="cpu")
+    config = TrainCodecConfig(home / "data", tmp_path / "a", **options)
     train_codec(config)
-    train_codec(replace(config, out=tmp_path / "b"))
-    one, other = (load_tensors(tmp_path / name / CODEC)[0] for name in "ab")
+    step = CodecTrainer._train_step
+
+    def killed(self):
+        if self.step == 2:
+            raise MemoryError("killed")
+        return step(self)
+
+    parts = replace(config, out=tmp_path / "b")
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(CodecTrainer, "_train_step", killed)
+        train_codec(parts)
+    assert CodecTrainer(replace(parts, resume=True)).step == 2
+    train_codec(replace(parts, resume=True))
+    one, other = saved("a"), saved("b")
+    assert one.keys() == other.keys() and any(name.startswith("optimizer.") for name in one)
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    with pytest.raises(ValueError, match=r"resume: expected the configuration of the run in .*'latents': \(2, 3\)"):
+        train_codec(replace(parts, latents=3, resume=True))
 
 
 # Mistakes
@@ -315,8 +333,12 @@ def test_codecs_that_do_not_fit(home, tmp_path):
         Trainer(replace(config, codec=home / "codec", patch=3))
     with pytest.raises(ValueError, match=r"steps, minutes: expected at least one"):
         TrainCodecConfig(home / "data", tmp_path)
+    again = TrainCodecConfig(home / "data", home / "codec", steps=1, device="cpu")
+    with pytest.raises(ValueError, match=r"out: .*codec holds a training run. Add --resume"):
+        train_codec(again)
+    save_autoencoder(tmp_path / "downloaded", Autoencoder(SHAPE))
     with pytest.raises(ValueError, match=r"out: expected a folder without a codec.*found codec.safetensors"):
-        train_codec(TrainCodecConfig(home / "data", home / "codec", steps=1))
+        train_codec(replace(again, out=tmp_path / "downloaded"))
 
 
 def test_a_world_goes_on_with_its_own_codec_only(home, tmp_path):

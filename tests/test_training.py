@@ -20,7 +20,8 @@ from sfv_world.loading import load_world
 from sfv_world.training import trainer
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import ObjectiveConfig
-from sfv_world.training.trainer import STATE, Trainer, train
+from sfv_world.training.run import STATE
+from sfv_world.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

@@ -5,23 +5,18 @@ from pathlib import Path
 from typing import Literal
 
 from sfv_world.flow.model import DeepKind
-from sfv_world.given import DEVICE
 from sfv_world.training.distributed import Parallel
 from sfv_world.training.objective import ObjectiveConfig
-from sfv_world.training.schedule import check_run
+from sfv_world.training.schedule import RunConfig
 
 PRESETS = {"tiny": 2, "small": 4, "base": 8}
 """The one dial of `model_config`, by name."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """How to train a world."""
 
-    data: Path
-    """Folder of a Minari dataset with image observations (see `sfv-world collect`)."""
-    out: Path
-    """Folder of the world."""
     preset: Literal["tiny", "small", "base"] = "small"
     """Size: about 1, 4 or 21 million parameters."""
     kind: DeepKind = "frame-parallel"
@@ -33,10 +28,6 @@ class TrainConfig:
     bins: int = 0
     """Bins of the curves that the coarsest band is drawn with, a patch's brightness before its colour and that before the rest: for
     worlds in which things are here or there. 0: affine maps, all at once."""
-    steps: int | None = None
-    """Stop after this many steps."""
-    minutes: float | None = None
-    """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
     init: Path | None = None
     """World (a folder, or a shipped one's name) whose weights to start from, those of the shallow flow only where the bands are its
     own or parts of them; none: random ones. It may have another window, other groups and bins, and be of another game with
@@ -45,8 +36,6 @@ class TrainConfig:
     """Train a control adapter and heads on the released model in `init`, which stays as it is and decides the sizes."""
     prompt: str = ""
     """What a released model is told to show."""
-    resume: bool = False
-    """Continue the run in `out`, which must have the same configuration up to its length."""
     codec: Path | None = None
     """Folder of a codec (see `sfv-world train-codec`) to train a world of its latents; none: a world of pixels."""
     patch: int | None = None
@@ -58,44 +47,19 @@ class TrainConfig:
     or what the codec's decoder was trained with."""
     clip: int = 10
     """Frames of a clip; on a released model cut to whole steps of its codec (1 + a multiple of 4 frames)."""
-    batch: int = 2
-    """Clips of a batch, those of all processes together."""
     busy: float = 0.0
     """Part of the clips that begin where something just moved a lot; see `ClipSampler.busy`."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
     denoiser_learning_rate: float = 2e-3
     """Peak learning rate of the denoiser's own."""
-    warmup: int = 50
-    """Steps in which the learning rate rises; after them it falls along a cosine to 1% of its peak."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices."""
-    gradient_clip: float = 1.0
-    """Largest norm of the gradient."""
-    ema: float = 0.998
-    """Decay of the moving average of the weights, a step; less in the first steps."""
     denoiser: bool = True
     """Whether to train a denoiser along."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Parts of the loss."""
-    held_out: float = 0.05
-    """Part of the episodes that is never trained on."""
-    episodes: int | None = None
-    """How many episodes of the recording are used, the first ones: to train on and to hold out. None: all that there are when the
-    run begins; a resumed run leaves out those recorded later."""
-    validate_minutes: float = 2.0
-    """Minutes between validations, samples and checkpoints."""
-    seed: int = 0
-    """Seed of the split, the weights, the clips and the noise."""
-    device: str = DEVICE
-    """Where to train; bfloat16 autocast on CUDA."""
-    threads: int | None = None
-    """CPU threads; none: torch's choice."""
     parallel: Parallel = "ddp"
     """What each process that `torchrun` started keeps: a copy of all weights, or a shard of them and of all that AdamW knows."""
 
     def __post_init__(self) -> None:
-        check_run(self)
+        super().__post_init__()
         if self.clip < 2:
             raise ValueError(f"clip: expected at least 2 frames, got {self.clip}.")
         if self.bands is not None and self.bands < 0:

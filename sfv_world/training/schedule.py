@@ -1,29 +1,15 @@
-"""What all training runs share: their length in steps or minutes, the learning rate and the average that follow, and the bar."""
+"""What all training runs share: what they are told, the learning rate and the average that follow from it, and the bar."""
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-
-@runtime_checkable
-class Length(Protocol):
-    """What a run's configuration says of its length."""
-
-    @property
-    def steps(self) -> int | None:
-        """Stop after this many steps."""
-
-    @property
-    def minutes(self) -> float | None:
-        """Stop after this many minutes of training. With both, whichever comes first."""
-
-    @property
-    def warmup(self) -> int:
-        """Steps in which the learning rate rises."""
-
+from sfv_world.given import DEVICE
 
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
@@ -37,24 +23,63 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 """Where the numbers of runs lie."""
 
 
-def check_run(config: Length) -> None:
-    """Raises a ValueError if nothing says when to stop, or a number is out of its range."""
-    if config.steps is None and config.minutes is None:
-        raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
-    for name, (expected, fits) in RANGES.items():
-        value = getattr(config, name, None)
-        if value is not None and not fits(value):
-            raise ValueError(f"{name}: expected {expected}, got {value}.")
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run is told."""
+
+    data: Path
+    """Folder of a Minari dataset with image observations (see `sfv-world collect`)."""
+    out: Path
+    """Folder of what is trained."""
+    steps: int | None = None
+    """Stop after this many steps."""
+    minutes: float | None = None
+    """Stop after this many minutes of training, those of resumed runs included. With both, whichever comes first."""
+    resume: bool = False
+    """Continue the run in `out`, which must have the same configuration up to its length."""
+    batch: int = 2
+    """Clips of a batch, those of all processes together."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup: int = 50
+    """Steps in which the learning rate rises; after them it falls along a cosine to 1% of its peak."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.998
+    """Decay of the moving average of the weights, a step; less in the first steps."""
+    held_out: float = 0.05
+    """Part of the episodes that is never trained on."""
+    episodes: int | None = None
+    """How many episodes of the recording are used, the first ones: to train on and to hold out. None: all that there are when the
+    run begins; a resumed run leaves out those recorded later."""
+    validate_minutes: float = 2.0
+    """Minutes between validations, samples and checkpoints."""
+    seed: int = 0
+    """Seed of the split, the weights, the data of every step and its noise."""
+    device: str = DEVICE
+    """Where to train; worlds in bfloat16 (autocast) on CUDA."""
+    threads: int | None = None
+    """CPU threads; none: torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("steps, minutes: expected at least one of them, got neither. Say when to stop.")
+        for name, (expected, fits) in RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not fits(value):
+                raise ValueError(f"{name}: expected {expected}, got {value}.")
 
 
-def progress(config: Length, step: int, elapsed: float) -> float:
+def progress(config: RunConfig, step: int, elapsed: float) -> float:
     """How far a run has come after so many steps and seconds: 0 at its beginning, 1 or a little more at its end."""
     by_steps = step / config.steps if config.steps else 0.0
     by_time = elapsed / (60 * config.minutes) if config.minutes else 0.0
     return max(by_steps, by_time)
 
 
-def rate(config: Length, step: int, elapsed: float) -> float:
+def rate(config: RunConfig, step: int, elapsed: float) -> float:
     """Part of the peak learning rate: it rises in the warm-up, then falls along a cosine to 1%."""
     cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress(config, step, elapsed))))
     return min(1.0, (step + 1) / config.warmup) * cosine
@@ -73,7 +98,7 @@ def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
 class RunBar:
     """The progress bar of a run: of its steps where they are counted, else of its time."""
 
-    def __init__(self, config: Length, step: int, elapsed: float, disable: bool = False):
+    def __init__(self, config: RunConfig, step: int, elapsed: float, disable: bool = False):
         self.config = config
         total = 1000 if config.steps is None else config.steps
         self.bar = tqdm(total=total, initial=self._done(step, elapsed), unit="step", disable=disable)

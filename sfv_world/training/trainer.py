@@ -1,83 +1,43 @@
-"""The training loop: a recording in, a world's folder out.
+"""Training of worlds: a recording in, a world's folder out. The loop is `run`'s; the loss `objective`'s."""
 
-Everything random in a step follows from (seed, step), so a run that was killed and resumed sees the same clips and the
-same noise as one that was not. The folder always holds a readable world (the moving average of the weights) and
-the state to resume from; a loss that is not finite stops the run before either is touched. Many processes share a step
-by `distributed`; what is said here of the run is then said of all of them together.
-"""
-
-import json
 import math
-import time
-from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.tensorboard import SummaryWriter
 
-from sfv_world.checkpoint import CODEC, CONFIG, MODEL, STARTS, check_vacant, load_autoencoder, save_model
+from sfv_world.checkpoint import MODEL, STARTS, load_autoencoder, save_model
 from sfv_world.codec.latent import LatentCodec
-from sfv_world.data.clips import ClipSampler, Episodes, load_episodes
+from sfv_world.data.clips import ClipSampler
 from sfv_world.film import compare
-from sfv_world.given import set_threads
-from sfv_world.interrupt import patient
 from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
 from sfv_world.released.adapted import AdaptedModel
 from sfv_world.training.adapt import adapt
 from sfv_world.training.config import PRESETS, TrainConfig
-from sfv_world.training.distributed import ALONE, Group, gathered, joined, load_state, save_state
+from sfv_world.training.distributed import ALONE, Group, joined
 from sfv_world.training.inherit import inherit
 from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
-from sfv_world.training.schedule import RunBar, moving_average, progress, rate
+from sfv_world.training.run import Run
+from sfv_world.training.schedule import moving_average
 from sfv_world.world import World
 
-STATE = "training.json"
 
+class Trainer(Run):
+    """One training run of a world, or one process's part in it."""
 
-LEFTOVERS = ("tensorboard", "samples", STARTS, MODEL)
-"""What a run may have left that ended before its first checkpoint."""
+    FREE = (*Run.FREE, "denoiser_learning_rate", "parallel", "init", "freeze_backbone", "prompt")
+    LEFTOVERS = (*Run.LEFTOVERS, "samples", STARTS, MODEL)
 
-
-class Trainer:
-    """One training run, or one process's part in it."""
+    config: TrainConfig
 
     def __init__(self, config: TrainConfig, group: Group = ALONE):
-        group.share(config.batch)
-        self.config, self.group = config, group
-        set_threads(config.threads)
-        if config.resume != (config.out / STATE).exists():
-            if config.resume:
-                raise ValueError(
-                    f"resume: expected a training run in {config.out}, found no {STATE}. Leave out --resume."
-                )
-            raise ValueError(
-                f"out: {config.out} holds a training run. Add --resume to continue it, or name another folder."
-            )
-        if not config.resume:
-            check_vacant(config.out, "codec or world", CODEC, CONFIG)
-            names = sorted(path.name for path in config.out.glob("*"))
-            others = [name for name in names if name not in LEFTOVERS and not name.startswith(".")]
-            if others:
-                raise ValueError(
-                    f"out: expected a new folder, found {', '.join(others[:3])} in {config.out}. Name another."
-                )
-        episodes = load_episodes(config.data)
-        count = config.episodes
-        if count is None and config.resume:
-            count = self._progress()["config"].get("episodes")
-        self.config = config = replace(config, episodes=len(episodes) if count is None else count)
-        self.train, self.held_out = episodes.split(config.held_out, config.seed, config.episodes)
-        self.later = len(episodes) - len(self.train) - len(self.held_out)
+        super().__init__(config, group)
         self.before: dict[str, int | float] | None = None
-        self.model: Any = self._on_released(episodes) if config.freeze_backbone else self._of_own_weights(episodes)
+        self.model = self._on_released() if config.freeze_backbone else self._of_own_weights()
         if (longest := self.held_out.lengths.max()) <= self._context:
             raise ValueError(
                 f"data: expected a held-out episode of more than {self._context} frames to start worlds from, got at most "
@@ -96,33 +56,26 @@ class Trainer:
             denoiser.requires_grad_(True)
             self.denoiser_replica = group.replica(denoiser)
             parts["denoiser"] = list(denoiser.parameters())
-        self.optimizers = {
-            part: torch.optim.AdamW(_decay_groups(parameters, config.weight_decay), betas=(0.9, 0.95), fused=True)
-            for part, parameters in parts.items()
-        }
-        self.step, self.elapsed = 0, 0.0
-        config = self.config
-        self.sampler = ClipSampler(self.train, config.clip, config.batch, config.seed, config.busy)
-        if config.resume:
-            self._load()
+        self.sampler = ClipSampler(self.train, self.config.clip, config.batch, config.seed, config.busy)
+        self._optimize(parts)
 
-    def _on_released(self, episodes: Episodes) -> AdaptedModel:
+    def _on_released(self) -> AdaptedModel:
         """A control adapter on a released model."""
         config = self.config
         assert config.init is not None, "TrainConfig has seen to it"
         torch.manual_seed(config.seed)
         model = adapt(
-            config.init, config.out, episodes, prompt=config.prompt, noise=config.noise, clip=config.clip,
+            config.init, config.out, self.train, prompt=config.prompt, noise=config.noise, clip=config.clip,
             device=config.device,
         )  # fmt: skip
         clip = 1 + (config.clip - 1) // model.codec.time * model.codec.time
         self.config = replace(config, noise=model.config.noise, clip=clip)
         return model
 
-    def _of_own_weights(self, episodes: Episodes) -> WorldModel:
+    def _of_own_weights(self) -> WorldModel:
         """A model that is all to be trained."""
         config = self.config
-        height, width = episodes.frames.shape[1:3]
+        height, width = self.train.frames.shape[1:3]
         autoencoder = load_autoencoder(config.codec)[0] if config.codec else None
         if autoencoder and (found := (autoencoder.config.height, autoencoder.config.width)) != (height, width):
             raise ValueError(
@@ -147,7 +100,7 @@ class Trainer:
             denoiser=config.denoiser,
             autoencoder=autoencoder.config if autoencoder else None,
         )
-        model = WorldModel(shape, episodes.action_space).to(config.device)
+        model = WorldModel(shape, self.train.action_space).to(config.device)
         if autoencoder:
             cast(LatentCodec, model.codec).autoencoder.load_state_dict(autoencoder.state_dict())
         some = np.random.default_rng(config.seed).integers(len(self.train.frames), size=1000)
@@ -161,59 +114,9 @@ class Trainer:
         """The model with the moving average of the weights: the world that is saved. Whole on the first process only."""
         return self.group.whole(self.average.module)
 
-    def run(self) -> dict[str, float]:
-        """Trains to the end and returns the last validation's numbers."""
-        config, first = self.config, self.group.first
-        validation: dict[str, float] = {}
-        if progress(config, self.step, self.elapsed) >= 1:
-            if first:
-                done = f"{self.step} steps, {self.elapsed / 60:.1f} minutes"
-                print(f"nothing to do: {config.out} has {done}. Ask for more to go on.")
-            return validation
-        writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step + 1) if first else None
-        size = sum(parameter.numel() for parameter in self.model.parameters())
-        if first:
-            later = f", {self.later} later ones left out" if self.later else ""
-            print(
-                f"{size / 1e6:.1f} M parameters, {len(self.train)} episodes to train on, {len(self.held_out)} held out{later}"
-            )
-        bar = RunBar(config, self.step, self.elapsed, disable=not first)
-        last_validation = self.elapsed
-        with (
-            patient() as interrupted,
-            closing(bar.bar),
-            closing(writer) if writer else nullcontext(),
-        ):
-            while progress(config, self.step, self.elapsed) < 1:
-                began = time.perf_counter()
-                metrics = self._train_step()
-                self.elapsed = self.group.agree(self.elapsed + time.perf_counter() - began)
-                bits = metrics["nats_per_dim"] / math.log(2)
-                speed = config.batch * config.clip * self.step / max(self.elapsed, 1e-9)
-                bar.show(self.step, self.elapsed, f"{bits:.3f} bits/dim, {speed:.0f} frames/s")
-                if writer:
-                    for name, value in metrics.items():
-                        writer.add_scalar(f"train/{name}", value, self.step)
-                stop = bool(self.group.agree(float(interrupted())))
-                if (
-                    self.elapsed - last_validation > 60 * config.validate_minutes
-                    or progress(config, self.step, self.elapsed) >= 1
-                    or stop
-                ):
-                    last_validation = self.elapsed
-                    validation = self.validate()
-                    if writer:
-                        for name, value in validation.items():
-                            writer.add_scalar(f"held_out/{name}", value, self.step)
-                        numbers = ", ".join(f"{name} {value:.4f}" for name, value in validation.items())
-                        bar.bar.write(f"step {self.step}, {self.elapsed / 60:.1f} min: held out {numbers}")
-                    self.save(validation)
-                    self._sample()
-                if stop:
-                    if first:
-                        bar.bar.write(f"stopped after step {self.step}: {config.out} keeps it (--resume goes on)")
-                    raise KeyboardInterrupt
-        return validation
+    @property
+    def frames_a_step(self) -> int:
+        return self.config.batch * self.config.clip
 
     def validate(self, batches: int = 4) -> dict[str, float]:
         """Means over fixed clips of held-out episodes, by the averaged weights; the first process finds them, others nothing."""
@@ -232,59 +135,35 @@ class Trainer:
                 found.append(loss.metrics | left)
         return {name: float(np.mean([metrics[name].item() for metrics in found])) for name in found[0]}
 
-    def save(self, validation: dict[str, float]) -> None:
-        """Writes the world, its start frames and the state to resume from."""
-        config = self.config
-        about = {
-            "training": TypeAdapter(TrainConfig).dump_python(config, mode="json"),
-            "data": self.train.metadata,
-            "steps": self.step,
-            "minutes": round(self.elapsed / 60, 1),
-            "processes": self.group.size,
-            "before": self.before,
-            "held_out": {name: round(value, 4) for name, value in validation.items()},
-        }
-        model = self.averaged
+    def _write(self, about: dict[str, Any]) -> None:
+        """The world and its start frames."""
+        model, config = self.averaged, self.config
         if self.group.first:
             save_starts(config.out, self.held_out, frames=self._context)
-            save_model(config.out, model, about)
-        progress = {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "config": self._identity(),
-            "init": about["training"]["init"],
-            "before": self.before,
-        }
-        save_state(config.out / STATE, self._state(), progress, self.group)
+            save_model(config.out, model, {**about, "before": self.before})
 
-    def _state(self) -> dict[str, Tensor]:
-        """All tensors that a resumed run needs, by name; those of this process only where they are sharded."""
-        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        state |= {f"average.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
-        for optimizer in self.optimizers.values():
-            slots = cast(dict[str, Any], get_optimizer_state_dict(self.model, optimizer)["state"])
-            state |= {
-                f"optimizer.{name}.{slot}": value for name, values in slots.items() for slot, value in values.items()
-            }
-        return state
+    def _begun(self) -> dict[str, Any]:
+        return {"init": self.config.init and str(self.config.init), "before": self.before}
+
+    def _load(self) -> None:
+        super()._load()
+        reached = self._reached()
+        self.before = reached["before"]
+        self.config = replace(self.config, init=reached["init"] and Path(reached["init"]))
 
     def _train_step(self) -> dict[str, float]:
         config, group = self.config, self.group
-        peaks = {"flow": config.learning_rate, "denoiser": config.denoiser_learning_rate}
-        for part, optimizer in self.optimizers.items():
-            for options in optimizer.param_groups:
-                options["lr"] = peaks[part] * rate(config, self.step, self.elapsed)
         generator = torch.Generator(config.device).manual_seed(config.seed * 1_000_003 + self.step)
         batch = Batch.from_clips(self.sampler.batch(self.step, group.share(config.batch)), self.model)
         plain = "denoiser" in self.optimizers and self.step % config.objective.score_every == 0
         autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.device.startswith("cuda"))
         with autocast:
             loss = world_loss(self.model, batch, config.objective, generator, plain, group, self.replica)
-        metrics, norm = dict(loss.metrics), self._update("flow", loss.value)
+        metrics, norm = dict(loss.metrics), self._update("flow", loss.value, config.learning_rate)
         if plain:
             with autocast:
                 error = score_loss(self.model, loss, generator, group, self.denoiser_replica)
-            self._update("denoiser", error)
+            self._update("denoiser", error, config.denoiser_learning_rate)
             metrics["score_loss"] = error.detach()
         self.average.update_parameters(self.model)
         self.step += 1
@@ -292,62 +171,8 @@ class Trainer:
         values = dict(zip(metrics, means, strict=True))
         return {**values, "gradient_norm": norm, "learning_rate": self.optimizers["flow"].param_groups[0]["lr"]}
 
-    def _update(self, part: str, loss: Tensor) -> float:
-        """One step of a part's optimiser; gives the norm of the gradient."""
-        config, optimizer = self.config, self.optimizers[part]
-        optimizer.zero_grad()
-        loss.backward()
-        parameters = [parameter for options in optimizer.param_groups for parameter in options["params"]]
-        norm = gathered(nn.utils.clip_grad_norm_(parameters, config.gradient_clip)).item()
-        whole = self.group.average(loss).item()
-        if not (math.isfinite(whole) and math.isfinite(norm)):
-            advice = "Begin again"
-            if (config.out / STATE).exists():
-                advice = f"{config.out} keeps the last good checkpoint: go on from it (--resume)"
-            raise FloatingPointError(
-                f"step {self.step}: the {part}'s loss is {whole} and its gradient {norm}, expected finite numbers. {advice} "
-                "with a lower --learning-rate."
-            )
-        optimizer.step()
-        return norm
-
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it continues."""
-        config = TypeAdapter(TrainConfig).dump_python(self.config, mode="json")
-        free = (
-            "out",
-            "resume",
-            "steps",
-            "minutes",
-            "validate_minutes",
-            "device",
-            "threads",
-            "parallel",
-            "learning_rate",
-            "denoiser_learning_rate",
-            "data",
-            "init",
-            "freeze_backbone",
-            "prompt",
-        )
-        return {name: value for name, value in config.items() if name not in free}
-
-    def _progress(self) -> dict[str, Any]:
-        """What the run that is resumed said of itself."""
-        return json.loads((self.config.out / STATE).read_text())
-
-    def _load(self) -> None:
-        progress, now = self._progress(), self._identity()
-        before = {"episodes": now["episodes"], **progress["config"]}  # runs begun earlier do not say
-        if before != now:
-            changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-            raise ValueError(
-                f"resume: expected the configuration of the run in {self.config.out}, got {changed} (then, now)."
-            )
-        load_state(self.config.out / STATE, self._state(), self.group)
-        self.step, self.elapsed, self.before = progress["step"], progress["elapsed"], progress["before"]
-        self.config = replace(self.config, init=progress["init"] and Path(progress["init"]))
-        self.average.n_averaged.fill_(self.step)
+    def _told(self, metrics: dict[str, float]) -> str:
+        return f"{metrics['nats_per_dim'] / math.log(2):.3f} bits/dim"
 
     def _sample(self) -> None:
         """Writes a film of an imagined held-out episode above the real one."""
@@ -369,10 +194,3 @@ def train(config: TrainConfig) -> dict[str, float]:
     """
     with joined(config.device) as group:
         return Trainer(replace(config, device=group.device), group).run()
-
-
-def _decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only."""
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
