@@ -8,30 +8,44 @@ no screen left once an episode is over.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.wrappers import AddRenderObservation, RepeatAction, ResizeObservation, TransformObservation
+from gymnasium.wrappers import (
+    AddRenderObservation,
+    RepeatAction,
+    ResizeObservation,
+    TransformAction,
+    TransformObservation,
+)
 
 from sfv_world.data.images import REPEATED_SCREEN, image_key
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A short name for a registered environment and its keyword arguments."""
+    """What a short name stands for: a registered environment, its keyword arguments and, of a free camera, its moves."""
 
     env_id: str
     """Gymnasium id."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of `gymnasium.make`."""
+    moves: dict[str, float] = field(default_factory=dict)
+    """Delta buttons of a Doom game, each with the value of a full move. The actions are then a Box of [-1, 1] each."""
 
 
 RECIPES = {
     "doom-basic": Recipe("VizdoomBasic-v1"),
     "doom-takecover": Recipe("VizdoomTakeCover-v1"),
+    "doom-camera": Recipe(
+        "VizdoomBasic-v1",
+        {"render_weapon": False, "episode_timeout": 1200},
+        # To the right by 2 degrees a game step; forward and to the right at about 4 and 3 map units a game step.
+        {"TURN_LEFT_RIGHT_DELTA": 2.0, "MOVE_FORWARD_BACKWARD_DELTA": 16.0, "MOVE_LEFT_RIGHT_DELTA": 12.0},
+    ),
 }
 
 
@@ -83,8 +97,9 @@ def make_real(
     `info["repeated_screen"]`. See `LastScreen`.
 
     Args:
-        env_id: a recipe ("doom-basic", "doom-takecover") or the id of any installed Gymnasium environment; ids of
-            packages that must be imported first are written "package:Id-v0".
+        env_id: a recipe ("doom-basic", "doom-takecover", or "doom-camera": a free camera in the room of Basic) or the
+            id of any installed Gymnasium environment; ids of packages that must be imported first are written
+            "package:Id-v0".
         size: height and width of the frames, in pixels.
         frame_skip: game steps each action is held for; their rewards are summed. Doom runs at 35 steps a second.
         seed: seeds the first `reset` and the action space.
@@ -108,7 +123,10 @@ def make_real(
     if doom:
         _register_doom(env_id)
         # No settings file: a game looks the same wherever it is started, and leaves none behind.
-        env = _make(env_id, recipe, frame_skip=frame_skip, doom_config_path=os.devnull, **rendering)
+        env = _make(env_id, _with_buttons(recipe), frame_skip=frame_skip, doom_config_path=os.devnull, **rendering)
+        if recipe.moves:
+            full = np.array([*recipe.moves.values()], np.float32)
+            env = TransformAction(env, lambda action: action * full, spaces.Box(-1, 1, full.shape))
     else:
         env = _make(env_id, recipe, **rendering)
         if image_key(env.observation_space) is None:
@@ -175,6 +193,16 @@ def _showing(env_id: str, env: gym.Env[Any, Any]) -> gym.Env[np.ndarray, Any]:
         raise ValueError(
             f"env_id: expected an environment that can be rendered here, got {env_id!r} ({error}). Install what it needs."
         ) from error
+
+
+def _with_buttons(recipe: Recipe) -> Recipe:
+    """The same with its moves as the game's buttons."""
+    if not recipe.moves:
+        return recipe
+    import vizdoom
+
+    buttons = [getattr(vizdoom.Button, name) for name in recipe.moves]
+    return replace(recipe, kwargs={**recipe.kwargs, "available_buttons": buttons})
 
 
 def _register_doom(env_id: str) -> None:

@@ -77,7 +77,7 @@ def play(env: gym.Env[np.ndarray, Any], action: int, seed: int) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*is different from the unwrapped version")
-@pytest.mark.parametrize("name", ["doom-basic", "doom-takecover", "CartPole-v1", "Noise-v0"])
+@pytest.mark.parametrize("name", ["doom-basic", "doom-takecover", "doom-camera", "CartPole-v1", "Noise-v0"])
 def test_contract(name: str) -> None:
     env = doom(name, size=32) if name.startswith("doom") else make_real(name, size=32)
     assert env.observation_space == spaces.Box(0, 255, (32, 32, 3), np.uint8)
@@ -156,12 +156,34 @@ def test_doom_moves_against_the_world() -> None:
     shown = {action: [step[0] for step in play(env, action, seed=0)] for action in (LEFT, RIGHT)}
     env.close()
     assert np.array_equal(shown[LEFT][0], shown[RIGHT][0]) and not np.array_equal(shown[LEFT][1], shown[RIGHT][1])
-
-    def shift(before: np.ndarray, after: np.ndarray) -> int:
-        before, after = (frame[8:40].mean(-1) for frame in (before, after))
-        return min(range(-8, 9), key=lambda s: float(np.abs(before[:, 8:56] - after[:, 8 + s : 56 + s]).mean()))
-
     assert shift(shown[LEFT][0], shown[LEFT][3]) > 0 > shift(shown[RIGHT][0], shown[RIGHT][3])
+
+
+def test_a_camera_goes_where_it_is_told() -> None:
+    """A turn, a step ahead and one aside, each from -1 to 1; it stands still at 0, and turns back to where it was (to a pixel)."""
+    env = doom("doom-camera")
+    assert env.action_space == spaces.Box(-1, 1, (3,))
+    still, right, back, ahead, aside = ([0, 0, 0], [0.5, 0, 0], [-0.5, 0, 0], [0, 1, 0], [0, 0, 1])
+
+    def look(*moves: list[float]) -> list[np.ndarray]:
+        frames = [env.reset(seed=0)[0]]
+        waited = [still] * 3  # the first steps of a game ignore turns
+        return [*frames, *(env.step(np.array(move, np.float32))[0] for move in waited + list(moves))][3:]
+
+    turned = look(right, right, back, back)
+    assert shift(turned[0], turned[1]) < 0 < shift(turned[2], turned[3])
+    assert np.abs(turned[0].astype(int) - turned[4]).mean() < 2 < np.abs(turned[0].astype(int) - turned[2]).mean() / 3
+    before, *_, after = look(*[aside] * 6)
+    assert shift(before, after) < 0
+    near, far = look(*[ahead] * 20)[-1], turned[0]  # at the wall, which hides the floor and the ceiling
+    assert abs(near[:20].mean() - near[50:].mean()) < 10 < abs(far[:20].mean() - far[50:].mean())
+    env.close()
+
+
+def shift(before: np.ndarray, after: np.ndarray) -> int:
+    """By how many pixels a picture moved to the right."""
+    before, after = (frame[8:40].mean(-1) for frame in (before, after))
+    return min(range(-8, 9), key=lambda s: float(np.abs(before[:, 8:56] - after[:, 8 + s : 56 + s]).mean()))
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

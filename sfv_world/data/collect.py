@@ -45,7 +45,7 @@ class CollectConfig:
     """What to record, and where."""
 
     env: str
-    """Real environment: doom-basic, doom-takecover, or the id of any Gymnasium environment with images or rendering."""
+    """Real environment: doom-basic, doom-takecover, doom-camera, or the id of any Gymnasium environment with images."""
     out: Path
     """Folder of the dataset. If it holds a recording of the same configuration, that is continued."""
     frames: int = 50_000
