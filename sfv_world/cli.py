@@ -18,6 +18,7 @@ from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig, evaluate
 from sfv_world.generate import GenerateConfig, generate
+from sfv_world.given import check_folder
 from sfv_world.horizon import HorizonConfig, horizon
 from sfv_world.released.convert import ConvertConfig, convert
 from sfv_world.released.plan import InfoConfig, info
@@ -85,6 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command; a user's mistake is one line on standard error and exit status 2."""
     config: object = tyro.cli(Command, args=arguments, prog="sfv-world", description=__doc__)
     try:
+        out = getattr(config, "out", None)
+        if out is not None and not isinstance(config, GenerateConfig):  # which makes a file
+            check_folder("out", out)
         COMMANDS[type(config)](config)
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         print(f"sfv-world: {error}", file=sys.stderr)

@@ -4,7 +4,6 @@ The folder of such a world is what `sfv-world convert` makes, with the VAE in `v
 `text_encoder`, in the layouts of `diffusers` and `transformers`.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
-from sfv_world.given import DEVICE, check_counts
+from sfv_world.given import DEVICE, check_counts, check_folder
 from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
 from sfv_world.released.config import ReleasedConfig
@@ -112,9 +111,7 @@ def prepare(config: GenerateConfig) -> Job:
         raise ValueError(f"out: expected a {suffix} file, since this is a model of {kind}, got {config.out}.")
     if config.out.is_dir():
         raise ValueError(f"out: expected a file, got the folder {config.out}.")
-    above = next(folder for folder in config.out.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"out: expected a file in a folder that can be written to, got {config.out}.")
+    check_folder("out", config.out.parent)
     if is_video and config.image is not None and frames == 1:
         raise ValueError("frames: expected at least 2 with an image to begin with, got 1.")
     if not is_video and (frames != 1 or config.image is not None):
@@ -164,6 +161,7 @@ def _generate(config: GenerateConfig, group: Group) -> Clip:
     cache = PromptCache(encoder, config.prompts or config.world / "prompts", job.shape.txt_size, dtype)
     check_memory(needs(config, job, group.size), device, SMALLER)
     if cache.missing(prompts):
+        check_folder("prompts", cache.folder)
         numbers = stored_numbers(encoder, ("encoder.", "shared."))
         check_memory([Need("T5 encoder", float(dtype.itemsize * numbers))], device, ELSEWHERE)
     states = cache.states(prompts, device).to(device)

@@ -1,5 +1,7 @@
 """What callers give a world, held against what it expects: copies of their own come back, or a clear error."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,14 @@ def given_device(device: str | torch.device) -> torch.device:
             f"device: expected one that torch finds on this machine ({', '.join(names)}), got {str(device)!r}. Name one of these."
         )
     return torch.device(device)
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises a ValueError unless `folder` is one that can be written to, or can be made."""
+    found = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (found.is_dir() and os.access(found, os.W_OK)):
+        problem = "cannot be written to" if found.is_dir() else "is no folder"
+        raise ValueError(f"{name}: expected a folder that can be written to, got {folder}: {found} {problem}.")
 
 
 def check_counts(config: Any, *names: str) -> None:

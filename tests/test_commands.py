@@ -161,6 +161,8 @@ training = partial(TrainConfig, Path("data"), Path("world"), steps=1, device="cp
             "env: expected one with the actions of world, Discrete(4)",
         ),
         (("evaluate", "--world", "world", "--data", "data", "--context", 900), "context: expected at most "),
+        (("evaluate", "--world", "world", "--data", "data", "--out", "data/metadata.json/a"), "out: expected a folder"),
+        (("convert", "world/config.json", "--out", "world/config.json"), "out: expected a folder"),
         (
             ("counterfactual", "--world", "world", "--data", "data", "--rows", 2000),
             "film: expected frames of at most 8192",

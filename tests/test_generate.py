@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import sfv_world.generate as generating
 from sfv_world import cli
 from sfv_world.codec.vae import find_codec, load_codec, to_frames, to_pixels
-from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.decoding.solver import SolverConfig
 from sfv_world.generate import GenerateConfig, generate, needs, prepare, read_image
 from sfv_world.released import ReleasedFlow, load_released, memory, sample
 from sfv_world.released.clips import ClipConfig
@@ -61,7 +61,7 @@ def image_world(tmp_path_factory):
 
 @pytest.fixture
 def config(world, tmp_path):
-    clip = ClipConfig(guidance=1.5, chunk=3, context=1, decoding=DecodingConfig(block=1), seed=2)
+    clip = ClipConfig(guidance=1.5, chunk=3, context=1, decoding=SolverConfig(block=1), seed=2)
     size, where = {"frames": 9, "height": 32, "width": 48}, {"dtype": "float32", "device": "cpu"}
     return GenerateConfig(world, tmp_path / "clip.mp4", "a cat runs", clip=clip, **size, **where)
 
@@ -255,7 +255,14 @@ def test_available_memory_is_that_of_the_system():
     ("change", "expected"),
     [
         ({"out": "clip.gif"}, r"out: expected a .mp4 file, since this is a model of videos, got clip.gif"),
-        ({"out": "other/config.json/clip.mp4"}, r"out: expected a file in a folder that can be written to, got other"),
+        (
+            {"out": "other/config.json/clip.mp4"},
+            r"out: expected a folder that can be written to, got other/config.json: .*",
+        ),
+        (
+            {"prompts": "other/config.json"},
+            r"prompts: expected a folder that can be written to, got other/config.json: ",
+        ),
         ({"image": "none.png", "frames": 1}, r"frames: expected at least 2 with an image to begin with, got 1"),
         ({"height": 40}, r"height, width: expected multiples of 16 pixels, got 40 x 48"),
         ({"image": "none.png"}, r"image: expected a picture .*got none.png"),

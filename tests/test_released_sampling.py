@@ -7,13 +7,13 @@ import torch
 from released import IMAGE, TINY, VIDEO, close, load_reference, tiny_released
 from tiny import normal, randomised
 
-from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.decoding.solver import SolverConfig
 from sfv_world.flow.affine import Fields
 from sfv_world.released import ReleasedFlow, sample
 from sfv_world.released.sampling import SEQUENTIAL, clean
 from sfv_world.released.solver import guide
 
-JACOBI = DecodingConfig(tolerance=1e-5)
+JACOBI = SolverConfig(tolerance=1e-5)
 DECODINGS = {
     "sequential": SEQUENTIAL,
     "frame": JACOBI,
@@ -80,7 +80,7 @@ def test_sweeps_are_fewer_than_tokens(reference):
     length = reference.noise.shape[2]
     given = reference.flow, reference.noise, reference.text, reference.grid
     assert (sample(*given).sweeps == length).all()
-    loose = sample(*given, decoding=DecodingConfig(tolerance=0.1))
+    loose = sample(*given, decoding=SolverConfig(tolerance=0.1))
     assert loose.sweeps.float().mean() < 0.75 * length and loose.certificate.max() < 0.1
 
 
@@ -95,8 +95,8 @@ def test_sampling_is_the_inverse_of_encoding(tiny):
     close(continued.tokens, tiny.tokens, atol=1e-9)
 
 
-LOOSE = DecodingConfig(tolerance=0.3)
-LIMITED = DecodingConfig(tolerance=1e-9, max_sweeps=2)
+LOOSE = SolverConfig(tolerance=0.3)
+LIMITED = SolverConfig(tolerance=1e-9, max_sweeps=2)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ settled already is then evaluated once more, which changes nothing.
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ BEHIND = {"cuda": 1}
 
 
 @dataclass(frozen=True)
-class DecodingConfig:
-    """How frames are decoded."""
+class SolverConfig:
+    """How a flow is inverted."""
 
     tolerance: float = 1e-3
     """Largest certificate max|z' - z| of a frame, in units of the noise."""
@@ -48,6 +48,22 @@ class DecodingConfig:
     guess of the autoregressive deep flow's latents (shallow blocks then start from fields)."""
     temperature: float = 1.0
     """Standard deviation of the noise; 1 samples the model's distribution."""
+
+    def __post_init__(self) -> None:
+        _check_number("tolerance", self.tolerance, "a positive number", math.ulp(0.0))
+        _check_number("temperature", self.temperature, "at least 0", 0.0)
+        for name in ("block", "max_sweeps"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
+                raise ValueError(f"{name}: expected None or at least 1, a whole number, got {value!r}.")
+        if self.draft not in get_args(Draft):
+            raise ValueError(f"draft: expected one of {get_args(Draft)}, got {self.draft!r}.")
+
+
+@dataclass(frozen=True)
+class DecodingConfig(SolverConfig):
+    """How frames are decoded."""
+
     guidance: float = 0.0
     """Weight w of guidance on the action: p(frame | action)^(1+w) / p(frame | no action)^w, channel by channel; 0 samples the
     model's distribution. Likelihoods stay those of the unguided model."""
@@ -56,22 +72,15 @@ class DecodingConfig:
     frame is known ("lookahead"): all that is said is then said one step later. The world goes on from noised frames."""
 
     def __post_init__(self) -> None:
-        for name, wanted, least in (
-            ("tolerance", "a positive number", math.ulp(0.0)),
-            ("temperature", "at least 0", 0.0),
-            ("guidance", "at least 0", 0.0),
-        ):
-            value = getattr(self, name)
-            if not (isinstance(value, float | int | np.number) and least <= value < math.inf):
-                raise ValueError(f"{name}: expected {wanted}, got {value!r}.")
-        for name in ("block", "max_sweeps"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
-                raise ValueError(f"{name}: expected None or at least 1, a whole number, got {value!r}.")
-        if self.draft not in get_args(Draft):
-            raise ValueError(f"draft: expected one of {get_args(Draft)}, got {self.draft!r}.")
+        super().__post_init__()
+        _check_number("guidance", self.guidance, "at least 0", 0.0)
         if self.denoise not in get_args(Denoise):
             raise ValueError(f"denoise: expected one of {get_args(Denoise)}, got {self.denoise!r}.")
+
+
+def _check_number(name: str, value: Any, wanted: str, least: float) -> None:
+    if not (isinstance(value, float | int | np.number) and least <= value < math.inf):
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}.")
 
 
 class Solution(NamedTuple):

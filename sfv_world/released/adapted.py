@@ -26,7 +26,7 @@ from sfv_world.codec.video import VideoCodec, VideoCodecConfig
 from sfv_world.control.encoder import ControlEncoder
 from sfv_world.control.spaces import action_size
 from sfv_world.decoding.frames import FrameReport
-from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.decoding.solver import DecodingConfig, SolverConfig
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.model import Encoding
 from sfv_world.heads import OutcomeHeads
@@ -280,7 +280,7 @@ class AdaptedModel(nn.Module):
         return self.codec.frames(self.codec.decode(tokens), videos.shown)
 
     def _deep(
-        self, videos: Videos, controls: Float[Tensor, "b m d"], decoding: DecodingConfig = SEQUENTIAL
+        self, videos: Videos, controls: Float[Tensor, "b m d"], decoding: SolverConfig = SEQUENTIAL
     ) -> DeepStream:
         """The deep block at the next frame of videos, told of its controls; restarted where their chunk is full."""
         if len(videos.chunk) == self.config.chunk:

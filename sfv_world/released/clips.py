@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sfv_world.codec.vae import ImageCodec, Memory, WanCodec, to_frames
-from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.decoding.solver import SolverConfig
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.pipeline import Follower
 from sfv_world.released.sampling import DeepStream, Report, ShallowInverse, clean, join
@@ -35,7 +35,7 @@ class ClipConfig:
     """Latent frames that the model sees at once, as in training."""
     context: int = 5
     """Latent frames of a chunk that the next one begins with."""
-    decoding: DecodingConfig = field(default_factory=lambda: DecodingConfig(block=64))
+    decoding: SolverConfig = field(default_factory=lambda: SolverConfig(block=64))
     """How the flow is inverted."""
     seed: int = 0
     """Of all noise; the same on every device."""
@@ -49,12 +49,10 @@ class ClipConfig:
             raise ValueError(f"noise: expected a positive number, got {self.noise}.")
         if not self.guidance >= 0:
             raise ValueError(f"guidance: expected at least 0, got {self.guidance}.")
-        asked = self.decoding
-        if asked.guidance or asked.denoise != "none" or asked.draft == "learned":
+        if type(self.decoding) is not SolverConfig or self.decoding.draft == "learned":
             raise ValueError(
-                "decoding: expected guidance 0, denoise 'none' and no draft 'learned' for a clip of a released model, which "
-                f"is always cleaned, got {asked.guidance}, {asked.denoise!r} and {asked.draft!r}. --clip.guidance guides by the "
-                "prompt."
+                "decoding: expected a SolverConfig without the draft 'learned' for a clip of a released model, which is always "
+                f"cleaned and guided by its prompt, got {self.decoding}."
             )
 
 

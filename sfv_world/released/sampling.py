@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sfv_world.decoding.frames import SHALLOW_TOLERANCE
-from sfv_world.decoding.solver import DecodingConfig, draft_tokens
+from sfv_world.decoding.solver import SolverConfig, draft_tokens
 from sfv_world.flow.affine import standard_normal_log_prob
 from sfv_world.flow.shallow import Stage
 from sfv_world.layers import Told
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.solver import BlockState, BlockStream, Prediction, Solution, solve
 
-SEQUENTIAL = DecodingConfig(block=1)
+SEQUENTIAL = SolverConfig(block=1)
 """Token by token: the definition that faster decoding is held against."""
 
 
@@ -85,7 +85,7 @@ class DeepStream:
         *,
         unconditional: Float[Tensor, "b k e"] | None = None,
         guidance: float = 0.0,
-        decoding: DecodingConfig = SEQUENTIAL,
+        decoding: SolverConfig = SEQUENTIAL,
         state: DeepState | None = None,
     ):
         if guidance and unconditional is None:
@@ -134,7 +134,7 @@ class ShallowInverse:
         self,
         flow: ReleasedFlow,
         grid: tuple[int, int],
-        decoding: DecodingConfig = SEQUENTIAL,
+        decoding: SolverConfig = SEQUENTIAL,
         previous: dict[int, Stage] | None = None,
     ):
         self.flow, self.decoding, self.grid = flow, replace(decoding, max_sweeps=None), grid
@@ -165,7 +165,7 @@ def join(part: Report, other: Report) -> Report:
     return Report(part.log_prob + other.log_prob, part.sweeps + other.sweeps, certificate)
 
 
-def first_draft(noise: Float[Tensor, "b l c"], previous: Stage | None, decoding: DecodingConfig) -> Tensor:
+def first_draft(noise: Float[Tensor, "b l c"], previous: Stage | None, decoding: SolverConfig) -> Tensor:
     """Where sweeps start: from the frame before, or from the fields mu = 0, sigma = 1 where there is none."""
     return noise if previous is None else draft_tokens(noise, previous, decoding.draft)
 
@@ -200,7 +200,7 @@ def sample(
     unconditional: Float[Tensor, "b k e"] | None = None,
     guidance: float = 0.0,
     first: Float[Tensor, "b j l c"] | None = None,
-    decoding: DecodingConfig = SEQUENTIAL,
+    decoding: SolverConfig = SEQUENTIAL,
 ) -> Sample:
     """Videos of noised tokens from standard normal noise.
 

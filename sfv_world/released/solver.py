@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sfv_world.decoding.solver import DecodingConfig
+from sfv_world.decoding.solver import SolverConfig
 from sfv_world.flow.affine import Fields, guide
 from sfv_world.layers import Told
 from sfv_world.released.cache import SequenceCache
@@ -117,7 +117,7 @@ def solve(
     stream: BlockStream,
     noise: Float[Tensor, "b l c"],
     draft: Float[Tensor, "b l c"],
-    decoding: DecodingConfig,
+    decoding: SolverConfig,
     tolerance: float,
 ) -> Solution:
     """Finds the next tokens of a stream, those that its fields map to `noise`, and moves the stream past them.
