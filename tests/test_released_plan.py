@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from released import TINY
+from released import REFERENCE, TINY
 
 from sfv_world import cli
 from sfv_world.released import PRESETS, ReleasedFlow, load_released
@@ -96,10 +96,13 @@ def test_info_prints_a_plan(capsys):
     out = capsys.readouterr().out
     assert "starflow-v-7b: 6.89 B parameters (deep 4.84 B, shallow 1.14 B, denoiser 0.91 B)" in out
     assert "does not fit" not in out
-    assert re.search(r"weights +13\.8\n", out) and re.search(r"deep block, token by token +\d+\.\d\d\n", out)
+    assert re.search(r"weights +13\.8\n", out) and re.search(r"deep block, token by token +\d+\n", out)
     cli.main(["info", "starflow-3b", "--memory", "4"])
     out = capsys.readouterr().out
     assert "1 x 1 frames of 32 x 32 tokens" in out and "does not fit" in out
+    cli.main(["info", str(REFERENCE / "starflow_v_tiny" / "config.json")])
+    out = capsys.readouterr().out
+    assert "3.30 M parameters" in out and not re.search(r" 0(\.0+)?\n", out)
 
 
 def test_the_plan_counts(tmp_path):

@@ -172,20 +172,24 @@ def info(config: InfoConfig) -> Plan:
     frames, rows, columns = config.size(model)
     found, counts = plan(model, config), parameter_counts(model)
     total = sum(found.memory.values())
-    parts = ", ".join(f"{name} {count / 1e9:.2f} B" for name, count in counts.items())
+    parts = ", ".join(f"{name} {_counted(count)}" for name, count in counts.items())
     guided = "guided" if config.guided else "not guided"
     lines = [
-        f"{config.model}: {sum(counts.values()) / 1e9:.2f} B parameters ({parts})",
+        f"{config.model}: {_counted(sum(counts.values()))} parameters ({parts})",
         f"{config.batch} x {frames} frames of {rows} x {columns} tokens after {model.txt_size} of text, "
         f"{guided}, {config.dtype}",
         "",
         f"memory{' of each device' if config.devices > 1 else ''}, GB",
-        *(f"  {name:<52}{value:>9.1f}" for name, value in found.memory.items()),
-        f"  {'all, of ' + format(config.memory, 'g'):<52}{total:>9.1f}"
+        *(f"  {name:<52}{value:>9.3g}" for name, value in found.memory.items()),
+        f"  {'all, of ' + format(config.memory, 'g'):<52}{total:>9.3g}"
         + ("" if total <= config.memory else "  does not fit"),
         "",
         f"time, s: lower bounds at {config.bandwidth:g} GB/s and {config.share:.0%} of {config.tflops:g} Tflop/s",
-        *(f"  {name:<52}{value:>9.2f}" for name, value in found.seconds.items()),
+        *(f"  {name:<52}{value:>9.3g}" for name, value in found.seconds.items()),
     ]
     print("\n".join(lines))
     return found
+
+
+def _counted(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e7 else f"{parameters / 1e6:.2f} M"
