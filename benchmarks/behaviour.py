@@ -6,6 +6,7 @@ Prints what it found as JSON and writes it to `behaviour.json` in the world's fo
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,17 @@ from sfv_world.world import World
 
 MOVED = 40.0
 """Mean square difference, in levels, of a view that moved."""
-ACTIONS = {"doom-basic": {2: "right", 3: "left"}, "doom-takecover": {1: "right", 2: "left"}}
+MOVES: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "doom-basic": {"right": lambda actions: actions == 2, "left": lambda actions: actions == 3},
+    "doom-takecover": {"right": lambda actions: actions == 1, "left": lambda actions: actions == 2},
+    "doom-camera": {
+        "turn right": lambda actions: actions[:, 0] > 0.5,
+        "turn left": lambda actions: actions[:, 0] < -0.5,
+        "ahead": lambda actions: actions[:, 1] > 0.5,
+        "back": lambda actions: actions[:, 1] < -0.5,
+    },
+}
+"""Which actions of a shipped world move the view, and how."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +95,24 @@ def coarse(frames: np.ndarray) -> np.ndarray:
     return np.stack([cv2.GaussianBlur(frame[:40].astype(np.float32), (0, 0), 1.5) for frame in frames])
 
 
-def strafing(
-    world: World, held_out: Episodes, names: dict[int, str], config: BehaviourConfig
+def held_moves(
+    world: World,
+    held_out: Episodes,
+    moves: dict[str, Callable[[np.ndarray], np.ndarray]],
+    config: BehaviourConfig,
 ) -> dict[str, dict[str, float]]:
-    """How far the view gets while an action is held for six steps: the real step that the last imagined frame is nearest to.
+    """How far the view gets while a move is held for six steps: the real step that the last imagined frame is nearest to.
 
     Of clips in which the real view moves; an imagined one that moves as far is nearest to the sixth, one that stays to step 0.
     """
     context, held, found = 8, 6, {}
-    for number, name in names.items():
+    for name, is_it in moves.items():
+        moving = is_it(np.asarray(held_out.actions))
         starts = [
             start
             for first, end in zip(held_out.starts, held_out.ends, strict=True)
             for start in range(first, end - context - held - 1)
-            if (held_out.actions[start + context - 1 : start + context - 1 + held] == number).all()
+            if moving[start + context - 1 : start + context - 1 + held].all()
         ]
         chosen = np.random.default_rng(config.seed).permutation(starts)[: config.rows]
         clips = ClipSampler(held_out, context + held, len(chosen)).clips(chosen)
@@ -163,12 +178,11 @@ def main(config: BehaviourConfig) -> dict[str, Any]:
     """Runs all checks of one world."""
     world = load_world(config.world)
     _, held_out = split_as_trained(world, config.data)
-    found: dict[str, Any] = {
-        "random_play": random_play(world, held_out, config),
-        "endings": endings(world, held_out, config),
-    }
-    if world.name in ACTIONS:
-        found["strafing"] = strafing(world, held_out, ACTIONS[world.name], config)
+    found: dict[str, Any] = {"random_play": random_play(world, held_out, config)}
+    if held_out.terminations.any():
+        found["endings"] = endings(world, held_out, config)
+    if world.name in MOVES:
+        found["held_moves"] = held_moves(world, held_out, MOVES[world.name], config)
     if world.name == "doom-takecover":
         found["monsters"] = population(world, held_out, config)
     print(json.dumps(found, indent=2))
