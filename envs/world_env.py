@@ -126,12 +126,17 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
             The last observed frame and an empty info.
 
         Raises:
-            ValueError: if an option is unknown, missing, or not as the world expects; the episode then goes on.
+            ValueError: if an option is unknown, missing, or not as the world expects; nothing has changed then.
         """
         observed = self._observed(options or {})
+        before = copy.deepcopy(self._np_random), self._np_random_seed
         super().reset(seed=seed)
         row_seed = [self.np_random.integers(2**63)]
-        self._state = self.world.start(row_seed) if observed is None else self.world.reset(*observed, row_seed)
+        try:
+            self._state = self.world.start(row_seed) if observed is None else self.world.reset(*observed, row_seed)
+        except ValueError:
+            self._np_random, self._np_random_seed = before
+            raise
         self._terminated = False
         self._show()
         return self._frame("reset"), {}

@@ -343,14 +343,16 @@ def test_a_bad_action_changes_nothing(env, action):
         ({"frames": None, "actions": []}, "frames: expected .* uint8, got object"),
     ],
 )
-def test_bad_options_leave_the_episode_as_it_is(env, options, message):
+def test_bad_options_leave_the_episode_and_later_ones_as_they_are(env, options, message):
     env.reset(seed=3)
-    saved = env.save_state()
-    with pytest.raises(ValueError, match=message):
-        env.reset(options=options)
+    saved, later = env.save_state(), copy.deepcopy(env.unwrapped.np_random).integers(2**63)
+    for seed in (None, 4):
+        with pytest.raises(ValueError, match=message):
+            env.reset(seed=seed, options=options)
     found = env.step(1)
     env.restore_state(saved)
     assert_same(env.step(1), found)
+    assert env.unwrapped.np_random.integers(2**63) == later
 
 
 @ONE_KIND
