@@ -4,6 +4,8 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
@@ -69,6 +71,18 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
+    """Windows that are open, and all that was shown in them."""
+    shown: dict[str, list[np.ndarray]] = {}
+    monkeypatch.setattr(cv2, "imshow", lambda name, image: shown.setdefault(name, []).append(image.copy()))
+    monkeypatch.setattr(cv2, "waitKey", lambda delay: -1)
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda name, flag: float(name in shown) or -1.0)
+    monkeypatch.setattr(cv2, "destroyWindow", shown.pop)
+    monkeypatch.setenv("DISPLAY", ":0")
+    return shown
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -5,10 +5,8 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -35,18 +33,6 @@ ONE_KIND = pytest.mark.parametrize("tiny_folder", ["frame-parallel"], indirect=T
 @pytest.fixture
 def env(tiny_world: sfv_world.World) -> WorldEnv:
     return WorldEnv(tiny_world)
-
-
-@pytest.fixture
-def windows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
-    """Windows that are open, and all that was shown in them."""
-    shown: dict[str, list[np.ndarray]] = {}
-    monkeypatch.setattr(cv2, "imshow", lambda name, image: shown.setdefault(name, []).append(image.copy()))
-    monkeypatch.setattr(cv2, "waitKey", lambda delay: -1)
-    monkeypatch.setattr(cv2, "getWindowProperty", lambda name, flag: float(name in shown) or -1.0)
-    monkeypatch.setattr(cv2, "destroyWindow", shown.pop)
-    monkeypatch.setenv("DISPLAY", ":0")
-    return shown
 
 
 def play(env: gym.Env, actions: Any) -> list[Any]:
@@ -453,58 +439,3 @@ def test_options_of_one_environment_are_not_anothers(tiny_world):
     assert tiny_world.decoding.temperature == 1.0 and other.world.model is tiny_world.model
     other.action_space.seed(0)
     assert other.action_space is not tiny_world.action_space
-
-
-# Rendering
-
-
-@ONE_KIND
-def test_human_windows_follow_the_episode_and_close(tiny_world, windows):
-    env = gym.make("sfv_world/World-v0", world=tiny_world, render_mode="human")
-    env.reset(seed=0, options=OBSERVED)
-    frame = env.step(0)[0]
-    assert env.render() is None
-    ((name, images),) = windows.items()
-    assert tiny_world.name in name and len(images) == 3
-    assert np.array_equal(images[0][::8, ::8, ::-1], FRAMES[-1])
-    assert images[1].shape == (128, 192, 3) and np.array_equal(images[1][7::8, 7::8, ::-1], frame)
-    env.close()
-    assert not windows
-    env.close()
-
-
-@ONE_KIND
-def test_a_window_closed_by_hand_is_no_error(tiny_world, windows):
-    env = WorldEnv(tiny_world, render_mode="human")
-    env.reset(seed=0)
-    windows.clear()
-    env.close()
-
-
-@ONE_KIND
-def test_without_a_display_nothing_is_shown(tiny_world, windows, monkeypatch):
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.delenv("DISPLAY")
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    with pytest.warns(UserWarning, match="render_mode: expected a display to show frames on, found none"):
-        env = WorldEnv(tiny_world, render_mode="human")
-    env.reset(seed=0)
-    env.step(0)
-    assert env.render() is None and not windows
-    env.close()
-
-
-@ONE_KIND
-def test_rendering_without_a_mode_warns(env):
-    env.reset(seed=0)
-    with pytest.warns(UserWarning, match="render_mode: expected 'human' or 'rgb_array', got None"):
-        assert env.render() is None
-
-
-@ONE_KIND
-def test_frames_are_rendered_as_observed(tiny_folder: Path):
-    env = gym.make("sfv_world/World-v0", world=str(tiny_folder), render_mode="rgb_array", device=torch.device("cpu"))
-    frame, _ = env.reset(seed=0)
-    assert np.array_equal(env.render(), frame)
-    frame = env.step(1)[0]
-    assert np.array_equal(env.render(), frame)
