@@ -250,8 +250,8 @@ def open_world(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     decoding: dict[str, Any],
-) -> tuple[World, float]:
-    """The world an environment steps, decoding as asked for, and its steps a second.
+) -> tuple[World, int]:
+    """The world an environment steps, decoding as asked for, and its steps a second, rounded: Gymnasium's tools want it whole.
 
     Raises:
         ValueError: if there is no such world, or one that is loaded is on another device or was given a dtype.
@@ -262,7 +262,8 @@ def open_world(
         raise ValueError(f"dtype: expected None for a world that is loaded, got {dtype}. Give it to load_world.")
     elif device is not None and str(device) not in _names(world.device):
         raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
-    return world.with_decoding(**decoding), float(world.about.get("data", {}).get("fps") or 10) / world.time
+    fps = float(world.about.get("data", {}).get("fps") or 10)
+    return world.with_decoding(**decoding), max(1, round(fps / world.time))
 
 
 def _names(device: torch.device) -> tuple[str, str]:

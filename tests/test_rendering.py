@@ -80,5 +80,5 @@ def test_it_is_played_by_hand(tiny_world, monkeypatch):
             pygame.event.post(pygame.event.Event(pygame.QUIT))
 
     env = gym.make("sfv_world/World-v0", world=tiny_world, render_mode="rgb_array")
-    play(env, keys_to_action={"a": 1, "d": 2}, noop=0, callback=press, fps=1000, zoom=4)
+    play(env, keys_to_action={"a": 1, "d": 2}, noop=0, callback=press, zoom=4)
     assert done == [0, 0, 0, 2, 2, 2]

@@ -66,7 +66,7 @@ def test_options_begin_rows(envs):
 
 
 def test_rows_are_rendered(envs, tiny_world):
-    assert envs.metadata["render_fps"] == 8.75 and envs.render_mode == "rgb_array"
+    assert envs.metadata["render_fps"] == 9 and envs.render_mode == "rgb_array"
     envs.reset()
     frames = envs.step(np.zeros(3, int))[0]
     np.testing.assert_array_equal(envs.get_images(), frames)

@@ -151,7 +151,7 @@ def test_it_begins_at_start_frames_of_the_world(env, tiny_world):
 def test_it_describes_itself(env, tiny_world):
     assert env.observation_space == spaces.Box(0, 255, (16, 24, 3), np.uint8)
     assert env.action_space == spaces.Discrete(3)
-    assert env.metadata["render_fps"] == 8.75 and WorldEnv.metadata["render_fps"] == 10
+    assert env.metadata["render_fps"] == 9 and WorldEnv.metadata["render_fps"] == 10
     assert WorldEnv(sfv_world.World(tiny_world.model)).metadata["render_fps"] == 10
 
 
