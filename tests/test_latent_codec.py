@@ -323,6 +323,13 @@ def test_training_is_seeded_and_resumes_exactly(home, tmp_path, monkeypatch):
 # Mistakes
 
 
+def test_a_codec_is_trained_by_one_process(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"train-codec: expected one process, got 2. Start it without torchrun"):
+        train_codec(TrainCodecConfig(home / "data", tmp_path / "codec", steps=1, device="cpu"))
+    assert not (tmp_path / "codec").exists()
+
+
 def test_codecs_that_do_not_fit(home, tmp_path):
     config = TrainConfig(home / "data", tmp_path / "world", preset="tiny", steps=1, device="cpu")
     wide = tmp_path / "wide"

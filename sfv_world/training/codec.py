@@ -4,6 +4,7 @@ The loss of a frame is the negative log-likelihood of its pixels under a normal 
 one learned width; the other half of the variational bound, the KL, is held constant (see `codec.latent`).
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -143,5 +144,11 @@ class CodecTrainer(Run):
 
 
 def train_codec(config: TrainCodecConfig) -> dict[str, float]:
-    """Trains an autoencoder (see `TrainCodecConfig`) and returns the last validation's numbers."""
+    """Trains an autoencoder (see `TrainCodecConfig`) and returns the last validation's numbers.
+
+    Raises:
+        ValueError: if `torchrun` started more than one process: latents are standardised by the batch, which none would have whole.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"train-codec: expected one process, got {processes}. Start it without torchrun.")
     return CodecTrainer(config).run()
