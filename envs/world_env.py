@@ -262,8 +262,7 @@ def open_world(
         raise ValueError(f"dtype: expected None for a world that is loaded, got {dtype}. Give it to load_world.")
     elif device is not None and str(device) not in _names(world.device):
         raise ValueError(f"device: expected {world.device}, where the world is, got {device}. Load it there.")
-    fps = float(world.about.get("data", {}).get("fps") or 10)
-    return world.with_decoding(**decoding), max(1, round(fps / world.time))
+    return world.with_decoding(**decoding), max(1, round(world.fps / world.time))
 
 
 def _names(device: torch.device) -> tuple[str, str]:

@@ -92,8 +92,7 @@ def demo(config: DemoConfig) -> Path:
     if not pairs:
         raise ValueError(f"context: expected fewer frames than the real episodes have, got {config.context}.")
     film = np.stack([_same_length([imagined, real], config.frames) for imagined, real in pairs])
-    fps = env.metadata["render_fps"] * world.time
-    write_video(config.out / "demo.mp4", rearrange(film, "e two n h w c -> n (two h) (e w) c"), fps)
+    write_video(config.out / "demo.mp4", rearrange(film, "e two n h w c -> n (two h) (e w) c"), world.fps)
     chosen = film[:, :, np.linspace(0, config.frames - 1, 16).astype(int)]
     write_image(config.out / "demo.png", rearrange(chosen, "e two n h w c -> (e two h) (n w) c"))
     print(f"wrote {config.out / 'demo.mp4'} and {config.out / 'demo.png'}: imagined above, real below")

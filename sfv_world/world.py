@@ -115,6 +115,11 @@ class World:
         return self.model.config.codec.height, self.model.config.codec.width, 3
 
     @property
+    def fps(self) -> float:
+        """Frames a second, of the recording that it learned from; 10 if nothing says."""
+        return float(self.about.get("data", {}).get("fps") or 10)
+
+    @property
     def time(self) -> int:
         """Frames of a step: 1, or in a world whose codec compresses time, as many as it takes for one latent frame."""
         return self.model.codec.time
