@@ -70,8 +70,6 @@ def reconstruct(
 class CodecTrainer(Run):
     """One training run of an autoencoder."""
 
-    LEFTOVERS = (*Run.LEFTOVERS, "reconstructions.png")
-
     config: TrainCodecConfig
 
     def __init__(self, config: TrainCodecConfig):
