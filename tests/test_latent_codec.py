@@ -1,15 +1,12 @@
-"""Worlds of latents: the codec's own laws, those of a world on top of it, and the commands from recording to evaluation."""
+"""Worlds of latents: the codec's own laws, and those of a world on top of it."""
 
-import json
 from dataclasses import replace
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import DISCRETE
 from gymnasium.utils.env_checker import check_env
-from recorded import record
 from tiny import KINDS, normal, of_kind, randomised
 
 from sfv_world import World, load_world
@@ -24,7 +21,6 @@ from sfv_world.checkpoint import (
     save_model,
     save_tensors,
 )
-from sfv_world.cli import main
 from sfv_world.codec.latent import Autoencoder, AutoencoderConfig, LatentCodec, LatentCodecConfig
 from sfv_world.codec.pixels import PixelCodecConfig
 from sfv_world.envs.vector_env import WorldVectorEnv
@@ -33,10 +29,7 @@ from sfv_world.film import as_shown
 from sfv_world.flow.model import FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
-from sfv_world.training.codec import CodecTrainer, TrainCodecConfig, train_codec
-from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, world_loss
-from sfv_world.training.trainer import Trainer
 
 SHAPE = AutoencoderConfig(16, 24, space=4, latents=3, base=16)
 FRAMES = 7  # two windows of the tiny world and a bit
@@ -228,138 +221,7 @@ def test_one_dial_sizes_a_latent_model(kind, patch, grid, channels):
     assert sum(config.flow.bands) == (channels if kind == "frame-parallel" else 0)
 
 
-# Commands
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A recording, `data`, and a codec of it, `codec`."""
-    home = tmp_path_factory.mktemp("latent")
-    record(home / "data", DISCRETE, (40, 34, 36, 42, 37, 38, 35, 41))
-    options = dict(space=4, latents=4, base=16, held_out=0.5, batch=8, device="cpu", ema=0.9, warmup=10)
-    main_options = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    main(["train-codec", "--data", str(home / "data"), "--out", str(home / "codec"), "--steps", "150", *main_options])
-    return home
-
-
-def test_ctrl_c_keeps_the_codec_as_it_is(home, ctrl_c, tmp_path, monkeypatch, capsys):
-    step = CodecTrainer._train_step
-
-    def interrupted(self):
-        if self.step == 2:
-            ctrl_c()
-        return step(self)
-
-    monkeypatch.setattr(CodecTrainer, "_train_step", interrupted)
-    config = TrainCodecConfig(home / "data", tmp_path / "codec", space=4, base=16, steps=100, device="cpu")
-    with pytest.raises(KeyboardInterrupt):
-        train_codec(config)
-    assert f"stopped after step 3: {config.out} keeps it (--resume goes on)" in capsys.readouterr().out
-    assert load_autoencoder(config.out)[1]["steps"] == 3
-
-
-def test_a_codec_then_a_world_then_its_evaluation(home, capsys):
-    about = json.loads((home / "codec" / CONFIG).read_text())["about"]
-    assert about["held_out"]["psnr_noised"] > 20 and about["steps"] == 150
-    assert cv2.imread(str(home / "codec" / "reconstructions.png")).shape == (3 * 2 * 16, 8 * 24, 3)
-
-    train = ["train", "--data", str(home / "data"), "--out", str(home / "world"), "--codec", str(home / "codec")]
-    train += ["--preset", "tiny", "--window", "3", "--clip", "4", "--held-out", "0.5", "--device", "cpu"]
-    main([*train, "--steps", "2"])
-    main([*train, "--steps", "4", "--resume"])
-    model, about = load_model(home / "world")
-    assert (about["training"]["noise"], about["training"]["patch"], about["steps"]) == (0.3, 2, 4)
-    codec, _ = load_autoencoder(home / "codec")
-    assert all(torch.equal(w, codec.state_dict()[n]) for n, w in model.codec.autoencoder.state_dict().items())
-
-    (home / "codec").rename(home / "moved")  # the world needs it no more
-    try:
-        evaluate = [
-            "evaluate",
-            "--world",
-            str(home / "world"),
-            "--data",
-            str(home / "data"),
-            "--out",
-            str(home / "found"),
-        ]
-        main([*evaluate, "--clips", "2", "--rollouts", "2", "--frames", "30", "--context", "1"])
-    finally:
-        (home / "moved").rename(home / "codec")
-    density = json.loads((home / "found" / "results.json").read_text())["density"]
-    assert density["bits_per_frame"] == pytest.approx(density["bits_per_dim"] * 4 * 6 * 4)
-    assert "bits per latent" in capsys.readouterr().out
-    assert "latents of 4 x 6 x 4 a frame" in (home / "found" / "README.md").read_text()
-
-
-def test_training_is_seeded_and_resumes_exactly(home, tmp_path, monkeypatch):
-    def saved(name):
-        (shards,) = (tmp_path / name).glob("training.*/*.safetensors")
-        return load_tensors(tmp_path / name / CODEC)[0] | load_tensors(shards)[0]
-
-    options = dict(space=4, latents=2, base=16, steps=4, batch=4, validate_minutes=0.0, device="cpu")
-    config = TrainCodecConfig(home / "data", tmp_path / "a", **options)
-    train_codec(config)
-    step = CodecTrainer._train_step
-
-    def killed(self):
-        if self.step == 2:
-            raise MemoryError("killed")
-        return step(self)
-
-    parts = replace(config, out=tmp_path / "b")
-    with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(CodecTrainer, "_train_step", killed)
-        train_codec(parts)
-    assert CodecTrainer(replace(parts, resume=True)).step == 2
-    train_codec(replace(parts, resume=True))
-    one, other = saved("a"), saved("b")
-    assert one.keys() == other.keys() and any(name.startswith("optimizer.") for name in one)
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    with pytest.raises(ValueError, match=r"resume: expected the configuration of the run in .*'latents': \(2, 3\)"):
-        train_codec(replace(parts, latents=3, resume=True))
-
-
 # Mistakes
-
-
-def test_a_codec_is_trained_by_one_process(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"train-codec: expected one process, got 2. Start it without torchrun"):
-        train_codec(TrainCodecConfig(home / "data", tmp_path / "codec", steps=1, device="cpu"))
-    assert not (tmp_path / "codec").exists()
-
-
-def test_codecs_that_do_not_fit(home, tmp_path):
-    config = TrainConfig(home / "data", tmp_path / "world", preset="tiny", steps=1, device="cpu")
-    wide = tmp_path / "wide"
-    save_autoencoder(wide, Autoencoder(AutoencoderConfig(32, 32, space=4, latents=2, base=16)))
-    with pytest.raises(ValueError, match=r"codec: expected one of frames of 16 x 24.*got one of 32 x 32.*train-codec"):
-        Trainer(replace(config, codec=wide))
-    with pytest.raises(ValueError, match=r"patch must divide the latents' rows and columns, got patch 3 for 4 x 6"):
-        Trainer(replace(config, codec=home / "codec", patch=3))
-    with pytest.raises(ValueError, match=r"steps, minutes: expected at least one"):
-        TrainCodecConfig(home / "data", tmp_path)
-    again = TrainCodecConfig(home / "data", home / "codec", steps=1, device="cpu")
-    with pytest.raises(ValueError, match=r"out: .*codec holds a training run. Add --resume"):
-        train_codec(again)
-    save_autoencoder(tmp_path / "downloaded", Autoencoder(SHAPE))
-    with pytest.raises(ValueError, match=r"out: expected a folder without a codec.*found codec.safetensors"):
-        train_codec(replace(again, out=tmp_path / "downloaded"))
-
-
-def test_a_world_goes_on_with_its_own_codec_only(home, tmp_path):
-    config = TrainConfig(home / "data", tmp_path / "a", codec=home / "codec", preset="tiny", steps=1, device="cpu")
-    first = Trainer(config)
-    first.save({})
-    second = Trainer(replace(config, out=tmp_path / "b", init=tmp_path / "a")).model.state_dict()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.averaged.state_dict().items())
-    other, _ = load_autoencoder(home / "codec")
-    save_autoencoder(tmp_path / "other", randomised(other))
-    with pytest.raises(ValueError, match=r"init: expected a world of the codec.*Choose the codec it has"):
-        Trainer(replace(config, out=tmp_path / "c", init=tmp_path / "a", codec=tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"init: expected a world of this one.s shape.*codec.patch 2 \(here 8\)"):
-        Trainer(replace(config, out=tmp_path / "c", init=tmp_path / "a", codec=None))
 
 
 def test_folders_that_hold_no_codec(folder, tmp_path):
