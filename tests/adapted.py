@@ -45,7 +45,8 @@ def make_model(backbone: Path, scale: float = 0.1, action_space: spaces.Space = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AdaptedModel(config, action_space, whole)
-    model.text.normal_(generator=torch.Generator().manual_seed(0))
+    for seed, text in enumerate((model.text, model.unconditional)):
+        text.normal_(generator=torch.Generator().manual_seed(seed))
     if scale:
         randomised(model, scale=scale)
     with torch.no_grad():  # rewards of a few units, and few frames end an episode

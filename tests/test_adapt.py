@@ -16,6 +16,7 @@ from adapted import DISCRETE, make_backbone
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import TransformAction
 from recorded import record
+from test_text import LENGTH
 
 import sfv_world
 from sfv_world import World, cli
@@ -23,6 +24,8 @@ from sfv_world.checkpoint import load_tensors
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import split_as_trained
 from sfv_world.released.backbone import Backbone
+from sfv_world.released.text import load_text_encoder
+from sfv_world.training import adapt
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import Batch
 from sfv_world.training.trainer import Trainer, train
@@ -59,18 +62,18 @@ def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
     assert (out / "samples/000003.mp4").exists()
     said = json.loads((out / "config.json").read_text())["model"]
     assert not said["backbone"].startswith("/") and said["prompt"] == "a cat"
-    assert {name.split(".")[0] for name in load_tensors(out / "model.safetensors")[0]} == {
-        "text",
-        "controls",
-        "adapter",
-        "heads",
-    }
+    kept = load_tensors(out / "model.safetensors")[0]
+    assert {name.split(".")[0] for name in kept} == {"text", "unconditional", "controls", "adapter", "heads"}
     env = gym.make("sfv_world/World-v0", world=str(out), max_episode_steps=4)
     assert env.observation_space.shape == (4, 16, 24, 3) and env.action_space == DISCRETE
     check_env(env.unwrapped, skip_render_check=True)
     env.reset(seed=0)
     frames, reward, _, _, info = env.step(1)
     assert frames.shape == (4, 16, 24, 3) and np.isfinite([reward, info["log_likelihood"]]).all()
+    guided = gym.make("sfv_world/World-v0", world=str(out), guidance=3.0)
+    guided.reset(seed=0)
+    moved, *_, said = guided.step(1)
+    assert said["guided"] and not info["guided"] and not np.array_equal(moved, frames)
     few = ["--clips", "2", "--rollouts", "2", "--frames", "6", "--context", "3"]
     cli.main(["evaluate", "--world", str(out), "--data", str(home / "data"), *few])
     found, card = json.loads((out / "results.json").read_text()), (out / "README.md").read_text()
@@ -88,6 +91,15 @@ def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
         and "--prompt 'a cat'" in card
         and "the prompt `a cat`" in card
     )
+
+
+def test_the_prompt_is_kept_with_its_caption_and_without(home, config, monkeypatch):
+    told = []
+    monkeypatch.setattr(adapt, "format_prompt", lambda caption, *about: told.append((caption, *about)) or caption)
+    model = Trainer(config).model
+    states = load_text_encoder(home / "backbone/text_encoder", LENGTH)(["a cat", ""])
+    assert torch.equal(model.text, states[:1]) and torch.equal(model.unconditional, states[1:])
+    assert told == [("a cat", 0.5, 16, 24, 10), ("", 0.5, 16, 24, 10)] and not torch.equal(*states)
 
 
 def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config, tmp_path, monkeypatch):
@@ -123,7 +135,7 @@ def test_the_backbone_stays_bit_for_bit_and_the_adapter_learns(config):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert all(parameter.grad is None for parameter in backbone.flow.parameters())
     learned = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, adapter[name])}
-    assert learned == adapter.keys() - {"text"}
+    assert learned == adapter.keys() - {"text", "unconditional"}
     world = sfv_world.load_world(config.out)
     for name, tensor in run.averaged.state_dict().items():
         assert torch.equal(tensor, world.model.state_dict()[name])

@@ -12,6 +12,7 @@ from adapted import HEIGHT, WIDTH, make_backbone, make_model, make_world
 from gymnasium.utils.env_checker import check_env
 from released import count_caches
 from safetensors.torch import load_file, save_file
+from test_text import LENGTH
 from tiny import normal
 
 import sfv_world
@@ -19,6 +20,7 @@ from sfv_world import World
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.flow.affine import guide
 from sfv_world.released import backbone, memory
 from sfv_world.released.adapted import AdaptedConfig, load_adapted
 
@@ -74,7 +76,7 @@ def test_an_untrained_adapter_changes_nothing_bit_for_bit(tmp_path, dtype):
 
 def test_the_backbone_is_no_part_of_the_models_weights(world):
     names = {name.split(".")[0] for name in world.model.state_dict()}
-    assert names == {"text", "controls", "adapter", "heads"}
+    assert names == {"text", "unconditional", "controls", "adapter", "heads"}
     assert not any(p.requires_grad for p in (*world.model.flow.parameters(), *world.model.codec.parameters()))
 
 
@@ -139,6 +141,61 @@ def test_what_is_said_of_imagined_steps_is_that_of_a_parallel_pass(world, denois
                 output = outputs[at.start + n - 3]
                 close(output.log_likelihood, encoding.log_prob[:, n].sum(-1), atol=5e-3)
                 close(output.noise, encoding.noise[:, n])
+
+
+@pytest.mark.parametrize("block", [1, None])
+def test_guidance_is_that_of_two_parallel_passes(world, block):
+    """Away from neither prompt nor actions, in every chunk; what is said is said without guidance."""
+    guided, model = world.with_decoding(guidance=1.5, block=block), world.model
+    state, said, noises = guided.start([0, 1]), [], [normal(2, *world._token_shape, seed=seed) for seed in range(3)]
+    first = state.stream.parts[0].chunk[:]
+    for noise, actions in zip(noises, ([0, 1], [2, 2], [1, 0]), strict=True):
+        state, output = guided.step(state, actions, noise)
+        said.append(output)
+        first.append(state.stream.parts[0].chunk[-1])
+        assert output.guided.all() and output.certificate.max() < 1e-3
+    tokens, _, controls = (torch.stack(part, dim=1) for part in zip(*first, strict=True))
+    with torch.no_grad():
+        for at, before in model.config.chunks(6):
+            here, grid = tokens[:, at], model.codec.config.grid
+            told = controls[:, at], model.controls.absent.expand_as(controls[:, at])
+            texts = (text.expand(2, -1, -1) for text in (model.text, model.unconditional))
+            with_all, without = (
+                model.flow(here, text, grid, model.adapter.told(of, LENGTH))
+                for text, of in zip(texts, told, strict=True)
+            )
+            found = guide(with_all.fields, without.fields, 1.5).normalise(with_all.latents)[0]
+            for n in range(max(before, 3 - at.start), at.stop - at.start):
+                step = at.start + n - 3
+                close(found[:, n], noises[step], atol=2e-3)
+                close(said[step].noise, with_all.noise[:, n])
+                close(said[step].log_likelihood, with_all.log_prob[:, n].sum(-1), atol=5e-3)
+    assert (said[0].noise - noises[0]).abs().max() > 0.01
+
+
+def test_guidance_may_begin_and_end_and_rows_with_and_without_it_are_one_state(world):
+    """Whenever it is asked for, it is what it would have been, had the stream known from its beginning."""
+    guided = world.with_decoding(guidance=1.5)
+    actions = np.array([0, 1])
+    state, _ = world.step(world.start([0, 1]), actions)
+    one, unguided = world.step(state[:], actions)
+    begun, output = guided.step(state[:], actions)
+    assert (output.frames != unguided.frames).any() and begun.stream.parts[0].deep.block.copies == 2
+    back, same = world.step(begun[:], actions)  # no longer guided, at the same frame
+    assert not same.guided.any() and len(back.stream.parts) == 1
+    one.put(np.array([1]), begun[[0]])
+    both, mixed = guided.step(one, actions[[1, 0]])
+    _, alone = guided.step(begun, actions)
+    close(mixed.log_likelihood[1], alone.log_likelihood[0], atol=2e-3)
+    assert len(both.stream.parts) == 2 and len(both[[]]) == 0
+    frames, _ = video(world, 2, 2, seed=3)
+    shown = frames[:, 1:] if world.time > 1 else frames[:, 1]
+    start = world.reset(frames[:, :1])
+    after, _ = world.observe(start[:], actions, shown)
+    assert after.stream.parts[0].deep.block.copies == 1
+    after, _ = guided.step(after, actions)
+    again, _ = guided.step(world.observe(start, actions, shown)[0], actions)
+    assert torch.equal(after.stream.tokens, again.stream.tokens)
 
 
 def test_a_restart_lets_go_of_the_keys_and_values_before(world, monkeypatch):
@@ -287,9 +344,11 @@ def test_a_folder_holds_the_adapter_alone_and_reads_the_same(folder, world):
     assert again.checksum == world.checksum and again.decoding.denoise == "causal"
 
 
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_a_saved_state_goes_on_bit_for_bit(world, tmp_path, steps):
+def test_a_saved_state_goes_on_bit_for_bit(world, tmp_path, steps, guidance):
     """Observed or imagined, at a chunk's beginning or its end; pickled or deeply copied, it takes no weight along."""
+    world = world.with_decoding(guidance=guidance)
     state = world.start([4, 5])[[1, 0, 1]]
     for step in range(steps):
         state, _ = world.step(state, [step % 3, 1, 0])
@@ -319,7 +378,7 @@ def test_mistakes_are_told(folder, world):
     world.step(state, [0])  # it was not used up
     with pytest.raises(ValueError, match="expected a world of its own weights to abduct"):
         world.abduct(frames, actions)
-    for wrong in ({"denoise": "lookahead"}, {"guidance": 1.0}, {"draft": "learned"}):
+    for wrong in ({"denoise": "lookahead"}, {"draft": "learned"}):
         with pytest.raises(ValueError, match=r"expected .* for world, a world on a released model"):
             gym.make("sfv_world/World-v0", world=str(folder), **wrong).reset(seed=0)
     if world.time == 4:

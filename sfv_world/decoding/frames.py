@@ -172,11 +172,13 @@ def imagine_frame(
         unguided: control tokens to guide away from, where `config.guidance` is not 0.
     """
     check_decoding(flow, config)
+    if not config.guidance:
+        unguided = None
     if flow.config.kind == "frame-parallel":
-        without = _predict(flow, state, unguided)[1] if config.guidance else None
+        without = None if unguided is None else _predict(flow, state, unguided)[1]
         features, fields = _predict(flow, state, controls)  # the last pass: the cache keeps its keys and values
-        drawn = fields if without is None else guide(fields, without, config.guidance)
-        latents, sweeps = drawn.denormalise(noise), torch.full_like(noise[:, 0, 0], 2 if config.guidance else 1).long()
+        drawn = _guided(fields, without, config)
+        latents, sweeps = drawn.denormalise(noise), torch.ones_like(noise[:, 0, 0]).long()
         condition, previous = features, state.stages
     else:
         deep, *previous = state.stages
@@ -190,10 +192,12 @@ def imagine_frame(
             max_sweeps=config.max_sweeps,
             before=deep.tokens[:, -1:],
             controls=controls,
+            unguided=unguided,
+            guidance=config.guidance,
         )
         latents, sweeps, features = solution.tokens, solution.sweeps, solution.features
         fields, condition = flow.deep.fields(features), None
-        drawn = fields
+        drawn = _guided(fields, None if unguided is None else flow.deep.fields(solution.without), config)
 
     draft, loose = config.draft, SHALLOW_SHARE * config.tolerance
     tolerance = torch.full_like(noise[:, 0, 0], min(loose, SHALLOW_TOLERANCE) if condition is None else loose)
@@ -207,8 +211,9 @@ def imagine_frame(
             found, log_det, shallow = flow.shallow(tokens, condition)
         if condition is None and config.max_sweeps is not None:
             # Shallow blocks that stopped short leave other latents than those solved for, and those are the frame's.
+            without = None if unguided is None else _read_latents(flow, state, found, unguided)[1]
             features, fields = _read_latents(flow, state, found, controls)
-            drawn, sweeps = fields, sweeps + 1
+            drawn, sweeps = _guided(fields, without, config), sweeps + 1
         exact, deep_log_det = fields.normalise(found)
         asked = exact if drawn is fields else drawn.normalise(found)[0]
         certificate = (asked - noise).abs().amax(dim=(1, 2))
@@ -222,13 +227,13 @@ def imagine_frame(
         previous, draft = shallow, "tokens"
     _advance(state, tokens, _stages(flow, Stage(found, fields), shallow))
     log_prob = standard_normal_log_prob(exact) + log_det + deep_log_det
+    if unguided is not None:  # every pass with the action goes with one without
+        sweeps = 2 * sweeps
     return FrameReport(log_prob, exact, features, sweeps, shallow_sweeps, certificate)
 
 
 def check_decoding(flow: VideoFlow, config: DecodingConfig) -> None:
     """Raises a ValueError if the flow has not what is asked for."""
-    if config.guidance and flow.config.kind != "frame-parallel":
-        raise ValueError(f"guidance: expected 0 for an autoregressive deep flow, got {config.guidance}.")
     if config.draft == "learned" and flow.drafter is None:
         raise ValueError(
             "draft: expected 'fields', 'tokens', 'noise' or 'zeros' for a flow without a draft network, got 'learned'. "
@@ -263,6 +268,11 @@ def _invert_raster(
         latents = flow.orient(index, solution.tokens)
         sweeps += solution.sweeps
     return latents, sweeps
+
+
+def _guided(fields: Fields, without: Fields | None, config: DecodingConfig) -> Fields:
+    """What a frame is drawn from: the fields told of the action, moved away from those that were not, if there are such."""
+    return fields if without is None else guide(fields, without, config.guidance)
 
 
 def _predict(flow: VideoFlow, state: StreamState, controls: Tensor | None) -> tuple[Tensor, Fields]:

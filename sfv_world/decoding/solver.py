@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sfv_world.flow.affine import guide
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
 from sfv_world.flow.transformer import SlotTransformer
@@ -66,7 +67,8 @@ class DecodingConfig(SolverConfig):
 
     guidance: float = 0.0
     """Weight w of guidance on the action: p(frame | action)^(1+w) / p(frame | no action)^w, channel by channel; 0 samples the
-    model's distribution. Likelihoods stay those of the unguided model."""
+    model's distribution. A world on a released model is guided by its prompt, too: away from what it says with neither. Likelihoods
+    stay those of the unguided model."""
     denoise: Denoise = "none"
     """What is shown of a frame: itself, noised; clean, as far as it and the past tell ("causal"); or cleaner, once the next
     frame is known ("lookahead"): all that is said is then said one step later. The world goes on from noised frames."""
@@ -89,6 +91,8 @@ class Solution(NamedTuple):
     tokens: Float[Tensor, "b l c"]
     features: Float[Tensor, "b l w"]
     """The block's features of those tokens."""
+    without: Float[Tensor, "b l w"]
+    """The same as told of what is guided away from; where nothing is, `features`."""
     sweeps: Int[Tensor, "b"]
     """Passes that each row took part in."""
     certificate: Float[Tensor, "b"]
@@ -120,6 +124,8 @@ def solve(
     before: Float[Tensor, "b 1 c"],
     controls: Float[Tensor, "b k d"] | None = None,
     condition: Float[Tensor, "b l e"] | None = None,
+    unguided: Float[Tensor, "b k d"] | None = None,
+    guidance: float = 0.0,
 ) -> Solution:
     """Finds the tokens of the current frame of `cache` that `block`, in token order, maps to `noise`.
 
@@ -135,6 +141,8 @@ def solve(
         before: what slot 0 carries: the token before the frame's first, or the start token.
         controls: control tokens of the frame.
         condition: per-slot conditioning.
+        unguided: control tokens to guide away from; none: the block's own fields are what is solved for.
+        guidance: how far.
 
     A row's result never depends on the other rows; a row that is done takes no further part.
     """
@@ -142,7 +150,12 @@ def solve(
     device = noise.device
     tolerances = tolerance if isinstance(tolerance, Tensor) else torch.full((rows,), tolerance, device=device)
     tokens = draft.clone()
-    features = noise.new_empty(rows, length, block.config.width)
+    features = without = noise.new_empty(rows, length, block.config.width)
+    caches, told_of = ([], []) if cache is None else ([cache], [controls])
+    if cache is not None and unguided is not None:  # the current frame once more, as told of nothing
+        caches.append(cache.rows(torch.arange(rows, device=device)))
+        told_of.append(unguided)
+        without = torch.empty_like(features)
     sweeps = torch.zeros(rows, dtype=torch.long, device=device)
     errors = noise.new_zeros(rows, length)
     for start in range(0, length, size or length):
@@ -150,23 +163,28 @@ def solve(
         limit = max_sweeps or stop - start + 1
         settled = torch.full((rows,), start, device=device)  # tokens that are, with all before them
         # What the host knows: which rows take part, in a cache of their own, and what they all have settled.
-        active, work, known, told = np.arange(rows), cache, start, deque[Fetch]()
+        active, works, known, told = np.arange(rows), caches, start, deque[Fetch]()
         taking_part = to_device(active, device)
         for sweep in range(1, limit + 1):
             # Slots before the first token that any row has open are done: their keys and values are in the cache.
-            at = slice(known if work is not None else start, stop)
+            at = slice(known if works else start, stop)
             now, wanted = tokens[taking_part], noise[taking_part, at]
             first = before[taking_part] if at.start == 0 else now[:, at.start - 1 : at.start]
             carried = torch.cat([first, now[:, at.start : at.stop - 1]], dim=1)
-            if work is None:
-                given = None if condition is None else condition[taking_part, None]
-                seen = block.features(carried[:, None], condition=given)[:, 0]
-            else:
+            if works:
                 at_slots = _pick(condition, taking_part, at)
-                seen = block.decode(carried, work, at, _pick(controls, taking_part), at_slots)
-            fields = block.fields(seen)
+                seen = [
+                    block.decode(carried, work, at, _pick(of, taking_part), at_slots)
+                    for work, of in zip(works, told_of, strict=True)
+                ]
+            else:
+                given = None if condition is None else condition[taking_part, None]
+                seen = [block.features(carried[:, None], condition=given)[:, 0]]
+            fields = block.fields(seen[0])
+            if len(seen) > 1:
+                fields = guide(fields, block.fields(seen[1]), guidance)
             sweeps[taking_part] += settled[taking_part] < stop
-            features[taking_part, at] = seen
+            without[taking_part, at], features[taking_part, at] = seen[-1], seen[0]
             if stop - start == 1:  # a lone token's fields do not depend on it: it is exact at once
                 tokens[taking_part, at] = fields.denormalise(wanted)
                 break
@@ -183,9 +201,10 @@ def solve(
             else:
                 far = np.full(rows, known)
             finished = far[active] == stop
-            if cache is not None and work is not None and work is not cache and finished.any():
+            if works is not caches and finished.any():
                 gone = to_device(np.flatnonzero(finished), device)
-                cache.write_current(taking_part[gone], work.rows(gone))
+                for whole, work in zip(caches, works, strict=True):
+                    whole.write_current(taking_part[gone], work.rows(gone))
             if finished.all():
                 break
             unsettled = torch.arange(at.start, stop, device=device) >= settled[taking_part, None]
@@ -193,9 +212,9 @@ def solve(
             if finished.any():
                 going = to_device(np.flatnonzero(~finished), device)
                 active, taking_part = active[~finished], taking_part[going]
-                work = None if work is None else work.rows(going)
+                works = [work.rows(going) for work in works]
             known = int(far[active].min())
-    return Solution(tokens, features, sweeps, errors.amax(1))
+    return Solution(tokens, features, without, sweeps, errors.amax(1))
 
 
 def _pick(x: Tensor | None, rows: Tensor, at: slice | None = None) -> Tensor | None:

@@ -99,6 +99,8 @@ class AdaptedModel(nn.Module):
 
     text: Tensor
     """States of the prompt."""
+    unconditional: Tensor
+    """States of the prompt without its caption, to guide away from."""
     decoding = DecodingConfig(block=64, denoise="causal")
     """How such a world is decoded if nothing else is said: its noise is too large to look at."""
     denoiser = None
@@ -111,7 +113,8 @@ class AdaptedModel(nn.Module):
         self.controls = ControlEncoder(config.codec.time * size, config.control_width, config.control_tokens)
         self.adapter = ControlAdapter(shape.deep_width, shape.layers_per_block[-1], config.control_width)
         self.heads = OutcomeHeads(shape.deep_width)
-        self.register_buffer("text", torch.zeros(1, shape.txt_size, shape.txt_dim))
+        for name in ("text", "unconditional"):
+            self.register_buffer(name, torch.zeros(1, shape.txt_size, shape.txt_dim))
 
     @property
     def flow(self) -> ReleasedFlow:
@@ -148,7 +151,7 @@ class AdaptedModel(nn.Module):
         controls, parts = self.controls(actions, known), []
         for at, before in self.config.chunks(tokens.shape[1]):
             told = self.adapter.told(controls[:, at], self.text.shape[1])
-            found = self.flow(tokens[:, at], self._text(len(tokens)), self.codec.config.grid, told)
+            found = self.flow(tokens[:, at], _rows(self.text, len(tokens)), self.codec.config.grid, told)
             *parted, fields = (found.noise, found.log_det, found.latents, found.features, found.fields)
             parts.append([x[:, before:] for x in (*parted, *fields)])
         noise, log_det, latents, features, mu, sigma = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
@@ -202,7 +205,11 @@ class AdaptedModel(nn.Module):
         decoding: DecodingConfig,
         unguided: Float[Tensor, "b m d"] | None = None,
     ) -> FrameReport:
-        """Decodes the latent frame of the next step from its noise."""
+        """Decodes the latent frame of the next step from its noise.
+
+        Guidance moves it away from what the model says with neither the prompt nor any of the chunk's actions; `unguided` has no
+        part in it.
+        """
         reports = []
         for videos in stream.parts:
             z, told = (stream.of_part(videos, x) for x in (noise, controls))
@@ -223,11 +230,6 @@ class AdaptedModel(nn.Module):
 
     def check_decoding(self, config: DecodingConfig, name: str) -> None:
         """Raises a ValueError if what is asked for is not to be had on a released model."""
-        if config.guidance:
-            raise ValueError(
-                f"guidance: expected 0 for {name}, a world on a released model, got {config.guidance}. "
-                "`sfv-world generate` guides by the prompt."
-            )
         if config.denoise == "lookahead" or config.draft == "learned":
             raise ValueError(
                 f"denoise, draft: expected 'none' or 'causal' and no 'learned' for {name}, a world on a released model, got "
@@ -260,7 +262,7 @@ class AdaptedModel(nn.Module):
     def _imagine(
         self, videos: Videos, noise: Float[Tensor, "b l c"], controls: Float[Tensor, "b m d"], decoding: DecodingConfig
     ) -> FrameReport:
-        drawn = self._deep(videos, controls, decoding).draw(noise)
+        drawn = self._deep(videos, controls, decoding, decoding.guidance).draw(noise)
         inverse = ShallowInverse(self.flow, self.codec.config.grid, decoding, videos.shallow)
         tokens, shallow = inverse(drawn.latents)
         videos.chunk.append(Past(tokens, drawn.latents, controls))
@@ -280,22 +282,45 @@ class AdaptedModel(nn.Module):
         return self.codec.frames(self.codec.decode(tokens), videos.shown)
 
     def _deep(
-        self, videos: Videos, controls: Float[Tensor, "b m d"], decoding: SolverConfig = SEQUENTIAL
+        self,
+        videos: Videos,
+        controls: Float[Tensor, "b m d"],
+        decoding: SolverConfig = SEQUENTIAL,
+        guidance: float = 0.0,
     ) -> DeepStream:
-        """The deep block at the next frame of videos, told of its controls; restarted where their chunk is full."""
+        """The deep block at the next frame of videos, told of its controls.
+
+        It reads their chunk again where that is full and restarts, or where guidance is new to it.
+        """
         if len(videos.chunk) == self.config.chunk:
             videos.chunk = videos.chunk[-self.config.context :]
             videos.deep = None  # its keys and values go before there are new ones
+        if guidance and videos.deep is not None and videos.deep.block.copies == 1:
+            videos.deep = None
+        if videos.deep is None:
             for past in videos.chunk:
-                self._deep(videos, past.controls).read(past.latents[:, None])
-        grid, frames, text = self.codec.config.grid, self.config.chunk, self._text(len(controls))
-        stream = DeepStream(self.flow, text, grid, frames, decoding=decoding, state=videos.deep)
-        stream.block.told = self.adapter.told(controls[:, None])
+                self._deep_at(videos, past.controls, SEQUENTIAL, guidance).read(past.latents[:, None])
+        return self._deep_at(videos, controls, decoding, guidance)
+
+    def _deep_at(
+        self, videos: Videos, controls: Float[Tensor, "b m d"], decoding: SolverConfig, guidance: float
+    ) -> DeepStream:
+        """The deep block where videos stand; guided, or once it was, it reads everything a second time, as told of nothing."""
+        told, texts = controls[:, None], [_rows(text, len(controls)) for text in (self.text, self.unconditional)]
+        stream = DeepStream(
+            self.flow, texts[0], self.codec.config.grid, self.config.chunk,
+            unconditional=texts[1], guidance=guidance, decoding=decoding, state=videos.deep,
+        )  # fmt: skip
+        if stream.block.copies > 1:
+            told = torch.cat([told, self.controls.absent.expand_as(told)])
+        stream.block.told = self.adapter.told(told)
         videos.deep = stream.state
         return stream
 
-    def _text(self, rows: int) -> Float[Tensor, "b k e"]:
-        return self.text.expand(rows, -1, -1)
+
+def _rows(states: Float[Tensor, "1 k e"], rows: int) -> Float[Tensor, "b k e"]:
+    """The same states of text for every row."""
+    return states.expand(rows, -1, -1)
 
 
 def _joined(stream: ReleasedStream, reports: list[FrameReport]) -> FrameReport:

@@ -69,7 +69,7 @@ class DeepStream:
         unconditional: states of the prompt without its caption; needed for guidance.
         guidance: its weight w; 0 is none.
         decoding: how to decode.
-        state: of a stream like this one, which goes on with it; none: a video begins.
+        state: of a stream like this one, which goes on with it; none: a video begins. One that was guided may go on without.
 
     Raises:
         ValueError: if guidance lacks the unconditional text.
@@ -92,8 +92,9 @@ class DeepStream:
             raise ValueError(f"guidance {guidance} needs the states of the unconditional text, got none")
         self.flow, self.decoding = flow, decoding
         turn = flow.turn(frames, grid, True, text.device)
-        both = torch.cat([text, unconditional]) if guidance and unconditional is not None else text
         read = None if state is None else state.block
+        twice = guidance > 0 or (read is not None and read.copies > 1)
+        both = torch.cat([text, unconditional]) if twice and unconditional is not None else text
         self.block = BlockStream(flow.block(-1), len(text), turn, both, guidance, read)
         self.state = state or DeepState(self.block.state)
 

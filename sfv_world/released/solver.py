@@ -29,6 +29,11 @@ class BlockState:
     before: Float[Tensor, "b 1 c"]
     """What the next slot carries: the last token."""
 
+    @property
+    def copies(self) -> int:
+        """How often it was read: 2 where guidance has it read with two texts."""
+        return self.cache.keys.shape[1] // len(self.before) if len(self.before) else 1
+
 
 class BlockStream:
     """A block and what it has read so far: sequences with a learned first slot, after their text if the block reads any.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -66,7 +67,8 @@ class Videos:
         """All that each video has of its own, by name, videos first."""
         assert self.deep is not None and self.deep.previous is not None, "whoever has a stream has read a frame"
         cache = self.deep.block.cache
-        keys, values = (x[..., : cache.length, :].transpose(0, 1) for x in (cache.keys, cache.values))
+        known = (x[..., : cache.length, :] for x in (cache.keys, cache.values))
+        keys, values = (rearrange(x, "layers (n b) h l d -> b n layers h l d", n=self.deep.block.copies) for x in known)
         chunk = (torch.stack(part, dim=1) for part in zip(*self.chunk, strict=True))
         tensors = {"keys": keys, "values": values, **dict(zip(Past._fields, chunk, strict=True))}
         tensors |= self.deep.previous.tensors("deep")
@@ -80,11 +82,13 @@ class Videos:
         rows: Int[np.ndarray, "b"],
         tensors: Mapping[str, Tensor],
         outline: Mapping[str, list[int]],
-        cache: SequenceCache,
+        new_cache: Callable[[int], SequenceCache],
     ) -> "Videos":
-        """Those whose `tensors` and `outline` these are; `cache` is an empty one."""
+        """Those whose `tensors` and `outline` these are; `new_cache` makes an empty one of so many rows."""
         previous = Stage.of(tensors, "deep")
-        cache.fill(tensors["keys"].transpose(0, 1), tensors["values"].transpose(0, 1))
+        keys, values = (rearrange(tensors[x], "b n layers h l d -> layers (n b) h l d") for x in ("keys", "values"))
+        cache = new_cache(keys.shape[1])
+        cache.fill(keys, values)
         deep = DeepState(BlockState(cache, previous.tokens[:, -1:]), previous)
         chunk = [Past(*parts) for parts in zip(*(tensors[name].unbind(1) for name in Past._fields), strict=True)]
         count = sum(name.startswith("shallow.") and name.endswith(".mu") for name in tensors)
@@ -107,7 +111,7 @@ class Videos:
 
     def _with(self, rows: Int[np.ndarray, "n"], tensors: Mapping[str, Tensor]) -> "Videos":
         assert self.deep is not None, "whoever has a stream has read a frame"
-        return Videos.of(rows, tensors, self.outline, self.deep.block.cache.empty(len(rows)))
+        return Videos.of(rows, tensors, self.outline, self.deep.block.cache.empty)
 
 
 @dataclass
@@ -179,7 +183,7 @@ class ReleasedStream:
             own = {name.removeprefix(lead): x for name, x in tensors.items() if name.startswith(lead)}
             outline = {name: own[f"outline.{name}"].tolist() for name in ("seen", "shown", "observed")}
             rows = own["rows"].cpu().numpy()
-            parts.append(Videos.of(rows, own, outline, new_cache(len(rows))))
+            parts.append(Videos.of(rows, own, outline, new_cache))
         return cls(parts)
 
     @property

@@ -50,9 +50,10 @@ def adapt(
         )
     if (out / CONFIG).exists() and (before := read_world(out, AdaptedConfig)[0]) != config:
         raise ValueError(f"resume: expected what the run in {out} began with, {before}, got {config}.")
-    text = format_prompt(prompt, config.noise, height, width, round(episodes.fps or FPS))
-    states = load_text_encoder(encoder, shape.txt_size, device)([text])
+    texts = [format_prompt(text, config.noise, height, width, round(episodes.fps or FPS)) for text in (prompt, "")]
+    states = load_text_encoder(encoder, shape.txt_size, device)(texts)
     backbone = Backbone.load(folder, height, width, device, frames=1 + (clip - 1) // codec.time)
     model = AdaptedModel(config, episodes.action_space, backbone).to(device)
-    model.text.copy_(states)
+    model.text.copy_(states[:1])
+    model.unconditional.copy_(states[1:])
     return model
