@@ -99,7 +99,7 @@ def test_the_prompt_is_kept_with_its_caption_and_without(home, config, monkeypat
     model = Trainer(config).model
     states = load_text_encoder(home / "backbone/text_encoder", LENGTH)(["a cat", ""])
     assert torch.equal(model.text, states[:1]) and torch.equal(model.unconditional, states[1:])
-    assert told == [("a cat", 0.5, 16, 24, 10), ("", 0.5, 16, 24, 10)] and not torch.equal(*states)
+    assert told == [("a cat", 0.5, 16, 24, 16), ("", 0.5, 16, 24, 16)] and not torch.equal(*states)
 
 
 def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config, tmp_path, monkeypatch):
