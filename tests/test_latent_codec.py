@@ -29,7 +29,7 @@ from sfv_world.film import as_shown
 from sfv_world.flow.model import FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
-from sfv_world.training.objective import Batch, ObjectiveConfig, motion_weights, world_loss
+from sfv_world.training.objective import Batch, ObjectiveConfig, patch_weights, world_loss
 
 SHAPE = AutoencoderConfig(16, 24, space=4, latents=3, base=16)
 FRAMES = 7  # two windows of the tiny world and a bit
@@ -133,10 +133,10 @@ def test_the_codec_is_frozen():
 def test_what_moved_weighs_by_the_noise():
     model = latent_model("bands")
     still = normal(2, 1, 6, 12).expand(-1, 5, -1, -1)
-    assert torch.equal(motion_weights(still, model, 50.0), torch.ones(2, 5, 6))
+    assert torch.equal(patch_weights(still, model, 50.0), torch.ones(2, 5, 6))
     moved = still.clone()
     moved[1, 2, 0] += 3
-    weights = motion_weights(moved, model, 50.0)
+    weights = patch_weights(moved, model, 50.0)
     assert weights[1, 3:, 0].min() > 2 * weights[1, :3].max()
 
 

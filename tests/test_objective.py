@@ -19,7 +19,7 @@ from sfv_world.flow.model import DeepKind, FlowConfig
 from sfv_world.flow.transformer import TransformerConfig
 from sfv_world.model import ModelConfig, WorldModel, model_config
 from sfv_world.training.distributed import Group
-from sfv_world.training.objective import Batch, ObjectiveConfig, agreement, motion_weights, with_errors, world_loss
+from sfv_world.training.objective import Batch, ObjectiveConfig, agreement, patch_weights, with_errors, world_loss
 
 law = partial(settings, deadline=None, derandomize=True, database=None)
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -203,21 +203,35 @@ def test_a_batch_without_a_frame_that_counts_is_no_division_by_zero() -> None:
 def test_patches_weigh_by_what_moved_before() -> None:
     world = model()
     still = normal(2, 1, 4, world.config.flow.channels).expand(-1, 5, -1, -1)
-    exact(motion_weights(still, world, 50.0), torch.ones(2, 5, 4))  # no noise in it: less change than noise makes
+    exact(patch_weights(still, world, 50.0), torch.ones(2, 5, 4))  # no noise in it: less change than noise makes
     moved = still.clone()
     moved[1, 2, 0] += 3  # frame 2 differs from the ones around it
-    weights = motion_weights(moved, world, 50.0)
+    weights = patch_weights(moved, world, 50.0)
     close(weights.mean(), torch.tensor(1.0))
     assert (weights[1, 3:] > 5 * weights[1, :3].max()).all()  # of 2 x 2 patches all are neighbours
     exact(weights[0], weights[1, 0, 0].expand(5, 4))
-    exact(motion_weights(moved, world, 0.0), torch.ones(2, 5, 4))
+    exact(patch_weights(moved, world, 0.0), torch.ones(2, 5, 4))
 
 
-def test_weights_do_not_look_at_what_they_weigh() -> None:
+def test_patches_weigh_by_what_was_rare_before() -> None:
+    world = model()
+    tokens = torch.ones(2, 5, 4, world.config.flow.channels)  # a mean square of 1 is ordinary
+    exact(patch_weights(tokens, world, 0.0, rare=2.0), torch.ones(2, 5, 4))
+    tokens[1, :, 0] = 2.0
+    weights = patch_weights(tokens, world, 0.0, rare=2.0)
+    close(weights.mean(), torch.tensor(1.0))
+    close(weights[1, 2:] / weights[0, 2:], torch.full((3, 4), 7.0))  # 1 + 2 (4 - 1), in all neighbours
+    exact(weights[1, :2], weights[0, :2])
+
+
+@pytest.mark.parametrize("weights", [{"motion": 1.0}, {"motion": 0.0, "rare": 2.0}])
+def test_weights_do_not_look_at_what_they_weigh(weights: dict[str, float]) -> None:
     world, tokens = model(), normal(1, 5, 4, 12)
     changed = tokens.clone()
     changed[:, 4] = 7
-    exact(motion_weights(changed, world, 50.0), motion_weights(tokens, world, 50.0))
+    exact(patch_weights(changed, world, **weights), patch_weights(tokens, world, **weights))
+    changed[:, 3] = 7
+    assert not torch.equal(patch_weights(changed, world, **weights), patch_weights(tokens, world, **weights))
 
 
 def test_errors_drown_a_rectangle_through_some_frames() -> None:

@@ -75,7 +75,10 @@ class ObjectiveConfig:
     """Weight of the termination's cross-entropy."""
     motion_weight: float = 50.0
     """Weight of a patch in what moved just before, per mean square of a change 20 times the noise, which is 1 for pixels at
-    noise 0.05; see `motion_weights`."""
+    noise 0.05; see `patch_weights`."""
+    rare_weight: float = 0.0
+    """Weight of a patch in what was out of the ordinary just before, per mean square of its channels above the 1 that they have
+    in the mean; see `patch_weights`."""
     draft_weight: float = 0.02
     """Weight of the learned draft's error; it moves the draft network alone."""
     first_frame_weight: float = 1.0
@@ -120,7 +123,7 @@ def world_loss(
     """The loss of a batch.
 
     The flow's part is the mean negative log-likelihood in nats a dimension (a colour value or a latent), weighted by
-    `motion_weights`. Padded frames count nowhere; an ended game's repeated screen is no target for the flow, and the first
+    `patch_weights`. Padded frames count nowhere; an ended game's repeated screen is no target for the flow, and the first
     frame none for the heads. A `plain` loss moves the flow by its own part alone, without any weights: see `score_loss`.
 
     Where `batch` is one process's rows, so is the result one process's part: the mean over the processes of `group` is the loss of
@@ -134,7 +137,8 @@ def world_loss(
     kept = group.own(torch.rand((rows, t), generator=generator, device=device)) >= config.action_dropout
     tokens = model.noised_tokens(batch.frames, uniform, normal).requires_grad_(plain)
     known = batch.known & kept
-    share = motion_weights(tokens, model, 0.0 if plain else config.motion_weight, group)
+    motion, rare = (0.0, 0.0) if plain else (config.motion_weight, config.rare_weight)
+    share = patch_weights(tokens, model, motion, rare, group)
 
     def read(past: Tensor) -> tuple[Reading, Tensor]:
         """What the model says when it is told such a past, and the weighted loss of each frame."""
@@ -253,14 +257,19 @@ def noise_left(model: WorldModel, batch: Batch, loss: Loss) -> Tensor:
     return ALONE.mean(error.square().mean((-1, -2)), loss.weights)
 
 
-def motion_weights(
-    tokens: Float[Tensor, "b t l c"], model: WorldModel | AdaptedModel, weight: float, group: Group = ALONE
+def patch_weights(
+    tokens: Float[Tensor, "b t l c"],
+    model: WorldModel | AdaptedModel,
+    motion: float,
+    rare: float = 0.0,
+    group: Group = ALONE,
 ) -> Float[Tensor, "b t l"]:
-    """Weights, of mean 1 over all rows of `group`, that turn the loss to where something moved: up to ten times a still patch's.
+    """Weights, of mean 1 over all rows of `group`, that turn the loss to what acts: up to ten times those of other patches.
 
     What acts in a world (a missile, a monster) fills a few patches of a frame and weighs little in its likelihood. A patch
-    weighs by how much it or a neighbour changed from frame n-2 to n-1. That is known before frame n, so the weighted loss
-    is lowest at the same densities as the unweighted one; where capacity is short, it says where to spend it.
+    weighs by how much it or a neighbour changed from frame n-2 to n-1 (`motion`), or, where everything moves, by how far from
+    the ordinary they were in frame n-1 (`rare`). Both are known before frame n, so the weighted loss is lowest at the same
+    densities as the unweighted one; where capacity is short, it says where to spend it.
     """
     b, t, l, _ = tokens.shape
     if t < 3:
@@ -268,7 +277,8 @@ def motion_weights(
     rows, columns = model.config.codec.grid
     with torch.no_grad():
         change = ((tokens[:, 1:-1] - tokens[:, :-2]) * model.codec.scale).square().mean(-1) - 2 * model.config.noise**2
-        near = F.max_pool2d(change.reshape(-1, 1, rows, columns), 3, stride=1, padding=1)
-        raw = (1 + weight / (20 * model.config.noise) ** 2 * near).clamp(1, 10).reshape(b, t - 2, l)
+        unusual = (tokens[:, 1:-1].square().mean(-1) - 1).clamp(min=0)
+        moved, out = (F.max_pool2d(x.reshape(-1, 1, rows, columns), 3, stride=1, padding=1) for x in (change, unusual))
+        raw = (1 + motion / (20 * model.config.noise) ** 2 * moved + rare * out).clamp(1, 10).reshape(b, t - 2, l)
         raw = torch.cat([raw.new_ones(b, 2, l), raw], dim=1)
         return raw / group.average(raw.mean())
