@@ -59,23 +59,27 @@ def test_the_device_decodes_the_same_frames(tiny_folder):
         assert (y.certificate < cuda.decoding.tolerance).all()
 
 
-@pytest.mark.parametrize("kind", ["latent", "released"])
-def test_other_worlds_decode_there(tmp_path, kind):
-    if kind == "latent":
-        save_model(tmp_path, latent_model("bands"))
+@pytest.mark.parametrize("kind", ["latent", "autoregressive", "released"])
+def test_other_worlds_decode_there(tmp_path, build_world, kind):
+    folder = tmp_path
+    if kind == "autoregressive":
+        folder = build_world(kind)
+    elif kind == "latent":
+        save_model(folder, latent_model("bands"))
     else:
-        backbone = adapted.make_backbone(tmp_path)
-        adapted.make_world(tmp_path, adapted.make_model(backbone), backbone)
+        backbone = adapted.make_backbone(folder)
+        adapted.make_world(folder, adapted.make_model(backbone), backbone)
     told = []
     for device in ("cpu", "cuda"):
-        world = load_world(tmp_path, device)
+        world = load_world(folder, device)
         frames = VIDEO[:2, : world.time]
         state = world.reset(VIDEO[:2, :1], None, [1, 2])
         state, read = world.observe(state, ACTIONS[5, :2], frames[:, 0] if world.time == 1 else frames)
         state, first = world.step(state, ACTIONS[0, :2])
-        _, second = world.step(state, ACTIONS[1, :2])
-        assert {x.device.type for x in (*read, *first, *second)} == {device}
-        told.append(torch.stack([output.log_likelihood for output in (read, first, second)]).cpu())
+        state, second = world.step(state, ACTIONS[1, :2])
+        _, guided = world.with_decoding(guidance=1.5).step(state, ACTIONS[2, :2])
+        assert {x.device.type for x in (*read, *first, *second, *guided)} == {device} and guided.guided.all()
+        told.append(torch.stack([output.log_likelihood for output in (read, first, second, guided)]).cpu())
     torch.testing.assert_close(*told, rtol=0.03, atol=0.5)  # a released model computes in bfloat16 there
 
 
