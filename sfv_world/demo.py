@@ -15,7 +15,7 @@ from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
-from sfv_world.film import write_image, write_video
+from sfv_world.film import write_animation, write_image, write_video
 from sfv_world.given import DEVICE, check_counts
 from sfv_world.loading import load_world
 
@@ -27,7 +27,7 @@ class DemoConfig:
     world: str = "doom-basic"
     """Name of a shipped world, or a folder."""
     out: Path = Path("out/demo")
-    """Folder of the film `demo.mp4` and the contact sheet `demo.png`."""
+    """Folder of the film `demo.mp4`, the same for web pages, `demo.webp`, and the contact sheet `demo.png`."""
     env: str | None = None
     """Real environment to begin in and to compare with; none: the one whose recording trained the world, if that was made by
     `sfv-world collect`."""
@@ -49,7 +49,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> Path:
-    """Steps a world through `gym.make`, prints what it says of each frame, and writes a film and a contact sheet.
+    """Steps a world through `gym.make`, prints what it says of each frame, and writes films and a contact sheet.
 
     Each pair of strips is an imagined episode above the real one, under the same actions.
 
@@ -92,10 +92,12 @@ def demo(config: DemoConfig) -> Path:
     if not pairs:
         raise ValueError(f"context: expected fewer frames than the real episodes have, got {config.context}.")
     film = np.stack([_same_length([imagined, real], config.frames) for imagined, real in pairs])
-    write_video(config.out / "demo.mp4", rearrange(film, "e two n h w c -> n (two h) (e w) c"), world.fps)
+    side_by_side = rearrange(film, "e two n h w c -> n (two h) (e w) c")
+    write_video(config.out / "demo.mp4", side_by_side, world.fps)
+    write_animation(config.out / "demo.webp", side_by_side, world.fps)
     chosen = film[:, :, np.linspace(0, config.frames - 1, 16).astype(int)]
     write_image(config.out / "demo.png", rearrange(chosen, "e two n h w c -> (e two h) (n w) c"))
-    print(f"wrote {config.out / 'demo.mp4'} and {config.out / 'demo.png'}: imagined above, real below")
+    print(f"wrote demo.mp4, demo.webp and demo.png in {config.out}: imagined above, real below")
     return config.out
 
 

@@ -96,8 +96,8 @@ def write_image(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
         beside.write_bytes(data.tobytes())
 
 
-LARGEST = 16384
-"""Side of the largest film that the encoder makes, in pixels."""
+LARGEST = 16382
+"""Side of the largest film that the encoders make, in pixels: an even number that WebP can hold."""
 
 
 def check_film(height: int, width: int) -> None:
@@ -114,12 +114,36 @@ def write_video(path: Path, frames: UInt8[np.ndarray, "n h w 3"], fps: float, sc
     Raises:
         ValueError: if the frames are too large for a film.
     """
-    check_film(*frames.shape[1:3])
-    scale = min(scale, LARGEST // max(frames.shape[1:3]) // 2 * 2)  # sides are even
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    frames = _enlarged(frames, scale)
     with replacing(path) as beside, av.open(str(beside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_animation(path: Path, frames: UInt8[np.ndarray, "n h w 3"], fps: float, scale: int = 4) -> None:
+    """Writes an animated WebP, which web pages play again and again, enlarged as films are, whole or not at all.
+
+    Raises:
+        ValueError: if the frames are too large for a film.
+    """
+    animation = cv2.Animation()
+    animation.frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2BGR) for frame in _enlarged(frames, scale)]
+    animation.durations = [round(1000 / fps)] * len(frames)
+    encoded, data = cv2.imencodeanimation(".webp", animation, [cv2.IMWRITE_WEBP_QUALITY, 60])
+    assert encoded, "WebP encodes all frames that a film can have"
+    with replacing(path) as beside:
+        beside.write_bytes(data.tobytes())
+
+
+def _enlarged(frames: UInt8[np.ndarray, "n h w 3"], scale: int) -> UInt8[np.ndarray, "n sh sw 3"]:
+    """Frames `scale` times as large, less where a film of them would be too large; sides are even.
+
+    Raises:
+        ValueError: if the frames are too large for a film.
+    """
+    check_film(*frames.shape[1:3])
+    scale = min(scale, LARGEST // max(frames.shape[1:3]) // 2 * 2)
+    return frames.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -24,7 +24,7 @@ from sfv_world.card import train_options
 from sfv_world.data.collect import CollectConfig
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import EvaluateConfig
-from sfv_world.film import write_video
+from sfv_world.film import write_animation, write_video
 from sfv_world.given import given_device
 from sfv_world.training.codec import TrainCodecConfig, train_codec
 from sfv_world.training.config import TrainConfig
@@ -95,14 +95,29 @@ def test_demo_steps_and_films(world):
     assert cv2.imread(str(world / "demo/demo.png")).shape == (2 * 2 * 16, 16 * 16, 3)
     with av.open(str(world / "demo/demo.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == 5
+    read, animation = cv2.imreadanimation(str(world / "demo/demo.webp"))
+    assert read and len(animation.frames) == 5 and animation.frames[0].shape[:2] == (4 * 2 * 16, 4 * 2 * 16)
 
 
-def test_films_are_no_larger_than_their_encoder_makes(tmp_path):
+def test_animations_play_at_their_rate(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 1, 1, 3), np.uint8)
+    frames = np.broadcast_to(frames, (3, 5, 7, 8, 8, 3)).transpose(0, 1, 3, 2, 4, 5).reshape(3, 40, 56, 3)
+    write_animation(tmp_path / "film.webp", frames, 8.0, scale=2)
+    read, animation = cv2.imreadanimation(str(tmp_path / "film.webp"))
+    assert read and list(animation.durations) == [125] * 3 and animation.loop_count == 0
+    shown = np.stack(animation.frames)[:, ::2, ::2, 2::-1].astype(float)
+    assert np.abs(shown - frames).mean() < 25 and np.abs(shown[::-1] - frames).mean() > 50
+
+
+def test_films_are_no_larger_than_their_encoders_make(tmp_path):
     write_video(tmp_path / "film.mp4", np.zeros((2, 5001, 9, 3), np.uint8), 10.0)
     with av.open(str(tmp_path / "film.mp4")) as film:
         assert (film.streams.video[0].height, film.streams.video[0].width) == (10002, 18)
-    with pytest.raises(ValueError, match=r"film: expected frames of at most 8192 pixels a side, got 8193 x 9"):
-        write_video(tmp_path / "film.mp4", np.zeros((2, 8193, 9, 3), np.uint8), 10.0)
+    with pytest.raises(ValueError, match=r"film: expected frames of at most 8191 pixels a side, got 8192 x 9"):
+        write_video(tmp_path / "film.mp4", np.zeros((2, 8192, 9, 3), np.uint8), 10.0)
+    write_animation(tmp_path / "film.webp", np.zeros((2, 8191, 9, 3), np.uint8), 10.0)
+    read, animation = cv2.imreadanimation(str(tmp_path / "film.webp"))
+    assert read and animation.frames[0].shape[:2] == (16382, 18)
 
 
 PARTS = spaces.Dict(a=spaces.Discrete(2), b=spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3)]))
@@ -165,7 +180,7 @@ training = partial(TrainConfig, Path("data"), Path("world"), steps=1, device="cp
         (("convert", "world/config.json", "--out", "world/config.json"), "out: expected a folder"),
         (
             ("counterfactual", "--world", "world", "--data", "data", "--rows", 2000),
-            "film: expected frames of at most 8192",
+            "film: expected frames of at most 8191",
         ),
     ],
 )
