@@ -22,7 +22,7 @@ from gymnasium.wrappers import (
     TransformObservation,
 )
 
-from sfv_world.data.images import REPEATED_SCREEN, image_key
+from sfv_world.data.images import REPEATED_SCREEN, SMALLEST, image_key
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ def make_real(
     *,
     size: int = 64,
     frame_skip: int = 4,
-    seed: int | None = None,
     render_mode: str | None = None,
 ) -> gym.Env[np.ndarray, Any]:
     """Makes a real environment whose observations are (size, size, 3) uint8 frames.
@@ -102,7 +101,6 @@ def make_real(
             "package:Id-v0".
         size: height and width of the frames, in pixels.
         frame_skip: game steps each action is held for; their rewards are summed. Doom runs at 35 steps a second.
-        seed: seeds the first `reset` and the action space.
         render_mode: render mode of the environment; one that has no image observation only takes "rgb_array".
 
     Raises:
@@ -114,11 +112,11 @@ def make_real(
         >>> frame.shape, frame.dtype
         ((32, 32, 3), dtype('uint8'))
     """
-    for name, value in (("size", size), ("frame_skip", frame_skip)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}.")
+    for name, value, least in (("size", size, SMALLEST), ("frame_skip", frame_skip, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}.")
     recipe = RECIPES.get(env_id, Recipe(env_id))
-    doom = recipe.env_id.startswith("Vizdoom")
+    doom = recipe.env_id.rpartition(":")[2].startswith("Vizdoom")
     rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment knows the argument
     if doom:
         _register_doom(env_id)
@@ -144,12 +142,7 @@ def make_real(
     if env.observation_space.shape != (size, size, 3):
         rgb = spaces.Box(0, 255, (size, size, 3), np.uint8)
         env = TransformObservation(env, lambda gray: gray.reshape(size, size, 1).repeat(3, axis=2), rgb)
-    if doom:
-        env = LastScreen(env)
-    if seed is not None:
-        env.reset(seed=seed)
-        env.action_space.seed(seed)
-    return env
+    return LastScreen(env) if doom else env
 
 
 def _image(env: gym.Env[Any, Any]) -> gym.Env[np.ndarray, Any]:
@@ -164,11 +157,11 @@ def _image(env: gym.Env[Any, Any]) -> gym.Env[np.ndarray, Any]:
 def _make(env_id: str, recipe: Recipe, **kwargs: Any) -> gym.Env[Any, Any]:
     try:
         return gym.make(recipe.env_id, **recipe.kwargs, **kwargs)
-    except (gym.error.Error, ModuleNotFoundError, ValueError) as error:
+    except (gym.error.Error, ModuleNotFoundError, ValueError, TypeError) as error:
         raise ValueError(
             f"env_id: expected one of {', '.join(RECIPES)} or the id of an installed Gymnasium environment, "
-            f"got {env_id!r} ({error}). Install the package that has it, and write 'package:Id-v0' if it does not "
-            "register itself."
+            f"got {env_id!r} ({error}). Install the package that has it, write 'package:Id-v0' if it does not register itself, "
+            "and register one that needs arguments with them."
         ) from error
 
 

@@ -48,16 +48,16 @@ class WorldVecEnv(VecEnv):
     def reset(self) -> VecEnvObs:
         """Resets all rows, with the seeds and options that were set."""
         seed = None if all(seed is None for seed in self._seeds) else list(self._seeds)
+        given: list[dict[str, Any]] = [option or {} for option in self._options]
         options: dict[str, Any] = {}
-        if any(self._options):
-            given = [option or {} for option in self._options]
+        self._reset_seeds()
+        self._reset_options()
+        if any(given):
             if any(option.keys() != given[0].keys() for option in given):
                 raise ValueError("options: expected the same keys for every row, or none.")
             options = {name: np.stack([option[name] for option in given]) for name in given[0]}
         frames, _ = self.envs.reset(seed=seed, options=options)
         self.reset_infos = [{} for _ in range(self.num_envs)]
-        self._reset_seeds()
-        self._reset_options()
         return frames
 
     def step_async(self, actions: np.ndarray) -> None:

@@ -151,6 +151,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         state = self._current("step")
         if self._terminated:
             raise ResetNeeded("step: expected an episode that goes on, got one that has ended. Call reset() first.")
+        if action is None:  # which a world takes for an unknown one
+            raise ValueError(f"actions: expected one of {self.action_space}, got None.")
         self._state, output = self.world.step(state, _one(self.action_space, action))
         told = step_info(output)
         fetch = Fetch(
@@ -235,7 +237,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
             )
         frames = given_frames(options["frames"], "(K", self.world.frame_shape, self.world.device)[None]
         actions = options.get("actions")
-        if actions is None or (frames.shape[1] == 1 and len(actions) == 0):
+        if actions is None or (frames.shape[1] == 1 and np.ndim(actions) > 0 and len(actions) == 0):
             return frames, None
         return frames, _one(self.action_space, actions)
 

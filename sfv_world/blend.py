@@ -50,6 +50,8 @@ def blend(config: BlendConfig) -> Path:
     share = config.share
     means = {name: (1 - share) * w.double() + share * theirs[name].double() for name, w in mine.items()}
     model.load_state_dict(means)
-    save_tensors(config.out / STARTS, *load_tensors(folder / STARTS))
+    if (folder / STARTS).exists():
+        save_tensors(config.out / STARTS, *load_tensors(folder / STARTS))
     save_model(config.out, model, {**about, "blended": {"other": str(config.other), "share": share}})
+    print(f"wrote {config.out}: {1 - share:.0%} of {config.world} and {share:.0%} of {config.other}")
     return config.out

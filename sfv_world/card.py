@@ -98,8 +98,7 @@ def _lossless(found: dict[str, Any] | None) -> list[str]:
 def model_card(world: World, results: dict[str, Any]) -> str:
     """The model card of a trained world, Markdown."""
     run, data = world.about["training"], world.about["data"]
-    shipped = world.folder is not None and world.folder.parent.samefile(SHIPPED)
-    name = world.name if shipped else run["out"]
+    name = _name(world)
     recipe, config = data.get("recipe", {}), world.model.config
     frames = run["batch"] * run["clip"] * world.about["steps"]
     before = world.about.get("before")
@@ -137,10 +136,20 @@ minutes on `{run["device"]}` by {processes} process(es) of {run["threads"] or "a
 
 ## Results
 
-Measured by `sfv-world evaluate --world {name} --data {run["data"]}` ({results["machine"]}).
+Measured by `sfv-world evaluate --world {shlex.quote(name)} --data {shlex.quote(run["data"])}` ({results["machine"]}).
 
 {tables(results)}
 """
+
+
+def _name(world: World) -> str:
+    """What a world is called: a shipped one by its name, others by their folders, from here if they are below."""
+    if world.folder is None:
+        return world.name
+    if world.folder.parent.samefile(SHIPPED):
+        return world.name
+    here = Path.cwd()
+    return str(world.folder.relative_to(here) if world.folder.is_relative_to(here) else world.folder)
 
 
 def _model(world: World) -> str:

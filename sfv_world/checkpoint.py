@@ -137,6 +137,10 @@ def read_world(folder: Path, kind: type[Config]) -> tuple[Config, gym.Space[Any]
                 f"{folder}: expected a world, got a released model, which knows of no actions. Train a world on it with "
                 "`sfv-world train --init ... --freeze-backbone`, or make films of it with `sfv-world generate`."
             )
+        if isinstance(config, dict) and "codec_format" in config:
+            raise ValueError(
+                f"{folder}: expected a world, got a codec. Train a world of its latents with `sfv-world train --codec`."
+            )
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             found = config.get("format") if isinstance(config, dict) else type(config).__name__
             raise ValueError(f"{path}: expected a world of format {FORMAT}, got {found!r}. Train or convert it again.")

@@ -22,7 +22,7 @@ from sfv_world.control.spaces import flatten_actions
 from sfv_world.data.clips import Actions, take
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import check_film, long_clips, write_image, write_video
-from sfv_world.given import DEVICE, check_counts
+from sfv_world.given import DEVICE, check_counts, check_seed
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput
 from sfv_world.world import Abduction, World
@@ -62,8 +62,7 @@ class CounterfactualConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "frames", "context", "hold", "rows")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}.")
+        check_seed(self.seed)
         if not 0 <= self.change_at < self.frames:
             raise ValueError(
                 f"change_at: expected one of the {self.frames} frames after the context, 0 to {self.frames - 1}, "
@@ -176,7 +175,8 @@ def counterfactual(config: CounterfactualConfig) -> Path:
         f"same action: {(apart == 0).mean():.2%} of the colour values as observed, the others within {apart.max()}; "
         f"largest certificate {max(output.certificate.max().item() for output in same):.1e}"
     )
-    print(f"other actions: {', '.join(map(str, others))} for {config.hold} frames from {config.change_at} on")
+    held = min(config.hold, seen.shape[1] - config.change_at)
+    print(f"other actions: {', '.join(map(str, others))} for {held} frames from {config.change_at} on")
     return _write(config, clips.frames[:, config.context :], films[0], films[1], held_out.fps or 8.75)
 
 

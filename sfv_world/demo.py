@@ -16,7 +16,7 @@ from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
 from sfv_world.film import write_animation, write_image, write_video
-from sfv_world.given import DEVICE, check_counts
+from sfv_world.given import DEVICE, check_counts, check_seed
 from sfv_world.loading import load_world
 
 
@@ -44,8 +44,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "episodes", "frames", "context")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}.")
+        check_seed(self.seed)
 
 
 def demo(config: DemoConfig) -> Path:
@@ -82,6 +81,7 @@ def demo(config: DemoConfig) -> Path:
     for index in range(config.episodes):
         policy = HeldRandomPolicy(real.action_space, (least, greatest), stride=world.time)
         episode = record_episode(real, policy, recording, index)
+        assert episode is not None, "nothing interrupts it"
         frames, actions = np.asarray(episode.observations), episode.actions
         last = len(frames) - 1
         if last <= config.context:

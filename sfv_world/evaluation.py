@@ -22,7 +22,7 @@ from sfv_world.data.clips import ClipSampler, Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, decibels, imagine, long_clips
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
-from sfv_world.given import DEVICE, check_counts
+from sfv_world.given import DEVICE, check_counts, check_seed
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.model import WorldModel
@@ -30,6 +30,9 @@ from sfv_world.training.objective import Batch
 from sfv_world.world import World
 
 HORIZONS = (1, 4, 8, 16)
+
+
+RESULTS, CARD = "results.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,21 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "clips", "rollouts", "context", "frames")
+        check_seed(self.seed)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measures a world, prints and writes what was found, and returns it."""
+    """Measures a world, prints and writes what was found, and returns it.
+
+    Raises:
+        ValueError: if the recording or what is asked of it does not fit the world, or a card would replace what is none.
+    """
     world = load_world(config.world, config.device)
+    folder = config.out or Path(world.folder or ".")
+    if (folder / CARD).exists() and not (folder / RESULTS).exists():
+        raise ValueError(
+            f"out: expected a folder without a {CARD} that is no model card, found one in {folder}. Name another (--out)."
+        )
     config = replace(config, context=world.model.codec.whole(config.context))
     train, held_out = split_as_trained(world, config.data)
     needed, longest = config.context + max(HORIZONS), int(held_out.lengths.max()) - 1
@@ -80,11 +93,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         results["denoising"] = denoising(world, held_out, config.clips, config.seed)
     if isinstance(world.model, WorldModel):
         results["lossless"] = lossless(world, train, held_out, config.clips, config.seed)
-    folder = config.out or Path(world.folder or ".")
-    with replacing(folder / "results.json") as beside:
+    with replacing(folder / RESULTS) as beside:
         beside.write_text(json.dumps(results, indent=2) + "\n")
     compare(world, held_out, folder / "rollouts.mp4", rows=6, frames=32, context=config.context)
-    with replacing(folder / "README.md") as beside:
+    with replacing(folder / CARD) as beside:
         beside.write_text(model_card(world, results))
     print(tables(results))
     return results

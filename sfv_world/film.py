@@ -33,7 +33,8 @@ def long_clips(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Cli
     fitting = np.concatenate([np.arange(s, e - frames) for s, e in zip(episodes.starts, episodes.ends, strict=True)])
     if len(fitting) == 0:
         raise ValueError(
-            f"frames: expected clips shorter than the longest episode ({episodes.lengths.max()}), got {frames}."
+            f"frames: expected fewer, context included, than the longest episode has ({episodes.lengths.max()}), got {frames}. Ask "
+            "for fewer, or record longer episodes."
         )
     chosen = np.random.default_rng(seed).choice(fitting, size=rows)
     return ClipSampler(episodes, frames, rows).clips(chosen)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from sfv_world.data.clips import Actions, Episodes, take
-from sfv_world.given import DEVICE
+from sfv_world.given import DEVICE, check_seed
 from sfv_world.world import World, WorldState
 
 ATTEMPTS = 16
@@ -61,8 +61,7 @@ class HorizonConfig:
         for name, least in (("frames", 1), ("rows", 2), ("context", 1), ("references", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: expected 0 to 2**32 - 1, got {self.seed}.")
+        check_seed(self.seed)
         if self.survive is not None and (self.survive < 1 or self.stop):
             raise ValueError(
                 f"survive: expected none or at least 1, without stop, got {self.survive} and stop {self.stop}. Episodes that "

@@ -1,11 +1,17 @@
 """What callers give a world, held against what it expects: copies of their own come back, or a clear error."""
 
+import getpass
+import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -40,12 +46,39 @@ def check_folder(name: str, folder: Path) -> None:
         raise ValueError(f"{name}: expected a folder that can be written to, got {folder}: {found} {problem}.")
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs on this machine out of a folder that one writes to for long.
+
+    Raises:
+        ValueError: if another run is in it.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"sfv-world-{getpass.getuser()}-{name}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"out: expected a folder that no other run writes to, got {folder}, which one does. Wait for it, or name another."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def check_counts(config: Any, *names: str) -> None:
     """Raises a ValueError unless each of these numbers of a configuration is none or at least 1."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises a ValueError unless all that draws by chance takes it."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected 0 to 2**32 - 1, got {seed}.")
 
 
 def set_threads(count: int | None) -> None:
@@ -66,8 +99,11 @@ def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.d
     Raises:
         ValueError: if they are of another type or shape.
     """
-    copy = frames.clone() if isinstance(frames, Tensor) else np.array(frames)
     expected = f"{lead}, {', '.join(map(str, shape))}) uint8"
+    try:
+        copy = frames.clone() if isinstance(frames, Tensor) else np.array(frames)
+    except ValueError as error:
+        raise ValueError(f"frames: expected {expected}, got no array ({error}).") from error
     if copy.dtype not in (torch.uint8, np.dtype(np.uint8)):
         raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
     given = copy.ndim - len(shape)

@@ -84,7 +84,7 @@ class WorldState:
     stream: Any
     """The flow's memory of the past: a `StreamState` or, on a released model, a `ReleasedStream`."""
     frames: UInt8[Tensor, "b *time h w 3"]
-    """The last frame (or frames of a step) that was shown, as `WorldOutput.frames` has it."""
+    """The last frame (or frames of a step) that was shown: the very tensor of `WorldOutput.frames`. Copy before writing to it."""
     seeds: Int[np.ndarray, "b"]
     """Seed of every row."""
     ages: Int[np.ndarray, "b"]

@@ -143,7 +143,7 @@ class World:
         return checksum
 
     def compiled(self) -> "World":
-        """This world, its shallow flow and denoiser compiled (`torch.compile`); the same to rounding.
+        """This world and all that share its weights, shallow flow and denoiser compiled (`torch.compile`); the same to rounding.
 
         On two CPU cores a fifth faster at batch 32; at batch 1 where the shallow flow takes many passes. The first step of every
         batch size compiles, which takes up to a minute.
@@ -156,9 +156,10 @@ class World:
             raise ValueError(
                 f"compiled: expected a world whose shallow flow goes in bands, got {self.name}, whose does not."
             )
-        shallow.decode = torch.compile(shallow.decode, dynamic=False)  # type: ignore[method-assign]
-        if denoiser is not None:
-            denoiser.compile(dynamic=False)
+        if "decode" not in vars(shallow):  # else they are compiled already
+            shallow.decode = torch.compile(shallow.decode, dynamic=False)  # type: ignore[method-assign]
+            if denoiser is not None:
+                denoiser.compile(dynamic=False)
         return self
 
     def recorded(self) -> "World":
@@ -182,8 +183,12 @@ class World:
         return self
 
     def save_state(self, state: WorldState, path: str | Path) -> None:
-        """Writes a state to a safetensors file, from which it goes on bit for bit."""
-        state.check()
+        """Writes a state to a safetensors file, from which it goes on bit for bit.
+
+        Raises:
+            ValueError: if the state is another world's, or was used up.
+        """
+        self._check_own(state)
         metadata = {"world": str(self.checksum), "clock": str(state.clock)}
         save_tensors(Path(path), state.tensors(), metadata)
 
@@ -197,7 +202,7 @@ class World:
         if metadata.get("world") != str(self.checksum):
             raise ValueError(
                 f"{path}: expected a state of the world {self.name} (checksum {self.checksum}), got {metadata or 'none'}. "
-                "Load it into the world it was saved from."
+                "Load it into the world it was saved from, computing in the same dtype."
             )
         return WorldState.of(self.checksum, tensors, self.model.stream_of(tensors, int(metadata["clock"])))
 
@@ -463,12 +468,7 @@ class World:
     def check_state(self, state: WorldState) -> None:
         """Raises a ValueError unless the world can go on from `state` as it decodes now."""
         self.check_decoding()
-        if (state.world, state.frames.device) != (self.checksum, self.device):
-            raise ValueError(
-                f"state: expected one of {self.name} on {self.device} (checksum {self.checksum}), got one of another world, on "
-                f"{state.frames.device} (checksum {state.world}). Use it with the world that made it."
-            )
-        state.check()
+        self._check_own(state)
         if not len(state):
             raise ValueError("state: expected at least one row, got none.")
         ahead = self.decoding.denoise == "lookahead"
@@ -477,6 +477,15 @@ class World:
                 f"state: expected one of a world with{'' if ahead else 'out'} look-ahead, got one with{'out' if ahead else ''}. "
                 "Reset with the same denoise option."
             )
+
+    def _check_own(self, state: WorldState) -> None:
+        """Raises a ValueError unless `state` is one of this world that was not used up."""
+        if (state.world, state.frames.device) != (self.checksum, self.device):
+            raise ValueError(
+                f"state: expected one of {self.name} on {self.device} (checksum {self.checksum}), got one of another world, on "
+                f"{state.frames.device} (checksum {state.world}). Use it with the world that made it."
+            )
+        state.check()
 
     def check_decoding(self) -> None:
         """Raises a ValueError if the model has not what is asked for."""

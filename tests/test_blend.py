@@ -24,8 +24,9 @@ def config(build_world, tmp_path):
     return BlendConfig(tmp_path / "tuned", other, tmp_path / "between", share=0.25)
 
 
-def test_a_blend_lies_between(config):
+def test_a_blend_lies_between(config, capsys):
     between, about = load_model(blend(config))
+    assert f"wrote {config.out}: 75% of {config.world} and 25% of {config.other}" in capsys.readouterr().out
     tuned, other = load_model(config.world)[0].state_dict(), load_model(config.other)[0].state_dict()
     for name, weight in between.state_dict().items():
         torch.testing.assert_close(weight, 0.75 * tuned[name] + 0.25 * other[name], rtol=1e-6, atol=1e-7)
@@ -35,6 +36,11 @@ def test_a_blend_lies_between(config):
     world = load_world(config.out)
     _, output = world.step(world.start([0, 1]), [0, 1])
     assert output.frames.shape == (2, 16, 24, 3) and output.certificate.max() < 1e-3
+
+
+def test_worlds_without_start_frames_are_blended(config):
+    (config.world / "starts.safetensors").unlink()
+    assert load_world(blend(config)).starts is None
 
 
 def test_what_cannot_be_blended_is_told(config, build_world):

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from sfv_world.card import train_options
 from sfv_world.data.collect import CollectConfig
 from sfv_world.demo import DemoConfig, demo
-from sfv_world.evaluation import EvaluateConfig
+from sfv_world.evaluation import EvaluateConfig, evaluate
 from sfv_world.film import write_animation, write_video
 from sfv_world.given import given_device
 from sfv_world.training.codec import TrainCodecConfig, train_codec
@@ -78,6 +78,22 @@ def test_evaluate_writes_results_card_and_pictures(world):
     card = (world / "found/README.md").read_text()
     assert out.stdout.strip() in card
     assert cv2.imread(str(world / "found/rollouts.png")) is not None
+
+
+def test_a_card_is_of_the_folder_and_replaces_none_but_cards(world, tmp_path):
+    copy = shutil.copytree(world / "world", tmp_path / "a copy", ignore=shutil.ignore_patterns("training*", "samples"))
+    (copy / "README.md").write_text("mine")
+    config = EvaluateConfig(str(copy), world / "data", clips=2, rollouts=1, frames=30)
+    with pytest.raises(
+        ValueError, match=r"out: expected a folder without a README.md that is no model card, found one"
+    ):
+        evaluate(config)
+    assert (copy / "README.md").read_text() == "mine"
+    (copy / "README.md").unlink()
+    for _ in range(2):  # its own it replaces
+        evaluate(config)
+    card = (copy / "README.md").read_text()
+    assert f'world="{copy}"' in card and f"evaluate --world '{copy}' --data" in card
 
 
 def test_the_command_on_a_card_makes_the_run_of_the_card():
@@ -201,9 +217,9 @@ def test_mistakes_are_one_line(world, arguments, said):
         (DemoConfig, {"frames": 0}, "frames: expected at least 1, got 0"),
         (DemoConfig, {"episodes": 0}, "episodes: expected at least 1, got 0"),
         (DemoConfig, {"context": 0}, "context: expected at least 1, got 0"),
-        (recording, {"max_episode_steps": 0}, "max_episode_steps: expected none or at least 1, got 0"),
+        (recording, {"max_episode_steps": 0}, "max_episode_steps: expected at least 1, got 0"),
         (recording, {"frames_per_write": 0}, "frames_per_write: expected at least 1, got 0"),
-        (DemoConfig, {"seed": -1}, "seed: expected at least 0, got -1"),
+        (DemoConfig, {"seed": -1}, r"seed: expected 0 to 2\*\*32 - 1, got -1"),
         (training, {"learning_rate": -1.0}, "learning_rate: expected more than 0, got -1"),
         (training, {"gradient_clip": float("nan")}, "gradient_clip: expected more than 0, got nan"),
         (training, {"ema": 2.0}, "ema: expected at least 0 and less than 1, got 2"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from minari.dataset.minari_storage import MinariStorage
 from sfv_world.data import collect as collecting
 from sfv_world.data.clips import Clips, ClipSampler, Episodes, load_episodes
 from sfv_world.data.collect import CollectConfig, collect
+from sfv_world.envs.real import make_real
+from sfv_world.given import alone_in
 
 ACTION_SPACES = {
     "Discrete": spaces.Discrete(5),
@@ -260,7 +263,7 @@ def test_ctrl_c_keeps_whole_episodes(
     config = CollectConfig(env="CartPole-v1", out=tmp_path / "d", frames=100, size=16, frame_skip=1)
     play, played = collecting.record_episode, 0
 
-    def interrupted(*arguments: Any) -> EpisodeBuffer:
+    def interrupted(*arguments: Any) -> EpisodeBuffer | None:
         nonlocal played
         played += 1
         if played == 3:
@@ -270,10 +273,30 @@ def test_ctrl_c_keeps_whole_episodes(
     monkeypatch.setattr(collecting, "record_episode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(config)
-    assert MinariStorage.read_raw_metadata(config.out)["total_episodes"] == 3
+    assert MinariStorage.read_raw_metadata(config.out)["total_episodes"] == 2  # the third was played for a step
     collect(config)
     whole = collect(replace(config, out=tmp_path / "whole"))
     np.testing.assert_array_equal(load_episodes(config.out).frames, load_episodes(whole).frames)
+
+
+def test_ctrl_c_ends_an_episode_that_does_not_end(
+    ctrl_c: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, steps = tmp_path / "d", 0
+
+    class Endless(gym.Wrapper[Any, Any, Any, Any]):
+        def step(self, action: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == 50:
+                ctrl_c()
+            observation, reward, _, _, info = self.env.step(action)
+            return observation, reward, False, False, info
+
+    monkeypatch.setattr(collecting, "make_real", lambda *names, **sizes: Endless(make_real(*names, **sizes)))
+    with pytest.raises(KeyboardInterrupt), warnings.catch_warnings(action="ignore"):  # CartPole is surprised
+        collect(config(out, frames=10))
+    assert steps == 50 and MinariStorage.read_raw_metadata(out)["total_episodes"] == 0
 
 
 def test_killed_recording_is_readable_and_continues(tmp_path: Path) -> None:
@@ -321,9 +344,58 @@ def test_recording_says_what_is_wrong(tmp_path: Path) -> None:
         collect(config(path, seed=1))
     with pytest.raises(ValueError, match="holds other files"):
         collect(config(tmp_path))
-    with pytest.raises(ValueError, match="frames_per_write"):
-        collect(config(tmp_path / "e", frames_per_write=0))
+    for changes, message in (
+        ({"frames_per_write": 0}, "frames_per_write: expected at least 1, got 0"),
+        ({"frames": 0}, "frames: expected at least 1, got 0"),
+        ({"seed": -1}, r"seed: expected 0 to 2\*\*32 - 1, got -1"),
+        ({"size": 4}, "size: expected at least 8, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collect(config(tmp_path / "e", **changes))
     assert not (tmp_path / "e").exists()
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    with (
+        alone_in(path),
+        pytest.raises(ValueError, match=r"out: expected a folder that no other run writes to, got .*d, which one does"),
+    ):
+        collect(config(path, frames=10))
+    assert not path.exists()
+    assert len(load_episodes(collect(config(path, frames=10)))) >= 1
+    with alone_in(path), alone_in(tmp_path):
+        assert load_episodes(path).frames.shape[1:] == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda path: (path / "main_data.hdf5").write_bytes(b"cut off"),
+            "expected whole episodes, got some that cannot be read .*signature",
+        ),
+        (lambda path: shutil.rmtree(path / "parts"), "expected whole episodes, got some that cannot be read"),
+        (
+            lambda path: counted(path, 3),
+            "expected .* frames, as its metadata says, got others. Copy or record it again",
+        ),
+        (lambda path: counted(path, -3), "expected .* frames, as its metadata says, got others"),
+        (lambda path: (path / "metadata.json").write_text("{"), "expected the folder of a Minari dataset"),
+    ],
+)
+def test_damage_is_told(tmp_path: Path, damage: Callable[[Path], Any], said: str) -> None:
+    path = collect(config(tmp_path / "d", frames=30))
+    damage(path)
+    with pytest.raises(ValueError, match=said):
+        load_episodes(path)
+
+
+def counted(path: Path, more: int) -> None:
+    """Has a recording say that it holds so many steps more."""
+    metadata = json.loads((path / "metadata.json").read_text())
+    metadata["total_steps"] += more
+    (path / "metadata.json").write_text(json.dumps(metadata))
 
 
 # Reading
@@ -354,7 +426,7 @@ def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
     MinariStorage.new(tmp_path / "vectors", spaces.Box(-1, 1, (4,)), spaces.Discrete(2))
     with pytest.raises(ValueError, match=r"expected image observations.*Box\(-1"):
         load_episodes(tmp_path / "vectors")
-    collect(config(tmp_path / "empty", frames=0))
+    MinariStorage.new(tmp_path / "empty", spaces.Box(0, 255, (8, 8, 3), np.uint8), spaces.Discrete(2))
     with pytest.raises(ValueError, match="at least one episode, got none"):
         load_episodes(tmp_path / "empty")
 

@@ -263,7 +263,7 @@ def test_bands_must_be_those_of_the_tokens() -> None:
         replace(config, bands=(1, 1))
     with pytest.raises(ValueError, match=r"groups must be 1, 2 or 4, and 1 without bands, got 2 and bands \(\)"):
         replace(config, groups=2)
-    with pytest.raises(ValueError, match=r"bins must be 2 or more, .* bands \(1, 2\), got \(8, 1\)"):
+    with pytest.raises(ValueError, match=r"bins must be 2 to 100, .* bands \(1, 2\), got \(8, 1\)"):
         replace(config, bands=(1, 2), bins=(8, 1))
 
 

@@ -234,6 +234,15 @@ def test_weights_do_not_look_at_what_they_weigh(weights: dict[str, float]) -> No
     assert not torch.equal(patch_weights(changed, world, **weights), patch_weights(tokens, world, **weights))
 
 
+def test_numbers_out_of_range_are_told() -> None:
+    for name, value, expected in (
+        ("action_dropout", 2.0, "0 to 1"), ("errors", -0.1, "0 to 1"), ("imagined", 1.5, "0 to 1"),
+        ("motion_weight", -5.0, "at least 0"), ("rare_weight", math.inf, "at least 0"), ("reward_weight", -1.0, "at least 0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: expected {expected}, got {value}"):
+            ObjectiveConfig(**{name: value})
+
+
 def test_errors_drown_a_rectangle_through_some_frames() -> None:
     tokens, draw = normal(40, 5, 12, 2), lambda: torch.Generator().manual_seed(1)
     exact(with_errors(tokens, (3, 4), 0.0, draw()), tokens)

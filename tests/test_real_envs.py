@@ -1,5 +1,6 @@
 """Real environments keep Gymnasium's contract and show square RGB frames that are true to what they were made from."""
 
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -10,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 from sfv_world.data.images import REPEATED_SCREEN, image_key
-from sfv_world.envs.real import make_real
+from sfv_world.envs.real import LastScreen, make_real
 
 NOOP, ATTACK, RIGHT, LEFT = range(4)  # of doom-basic
 
@@ -131,12 +132,6 @@ def test_skipped_frames_are_summed() -> None:
     assert [env.step(0)[1:4] for _ in range(2)] == [(4.0, False, False), (2.0, True, False)]
 
 
-def test_seed_repeats_the_episode() -> None:
-    a, b = (make_real("Noise-v0", size=16, seed=3) for _ in range(2))
-    assert np.array_equal(a.reset()[0], b.reset()[0])
-    assert a.action_space.sample() == b.action_space.sample()
-
-
 def test_doom_repeats_its_last_screen() -> None:
     env = doom()
     timeout = play(env, NOOP, seed=0)
@@ -148,6 +143,16 @@ def test_doom_repeats_its_last_screen() -> None:
         assert [step[4][REPEATED_SCREEN] for step in steps] == [False] * (len(steps) - 1) + [True]
     assert len(timeout) == 76 and timeout[-1][2:4] == (False, True), "300 tics at 4 a step, and out of time is not over"
     assert kill[-1][2:4] == (True, False) and sum(step[1] for step in kill) > 50
+
+
+def test_doom_is_doom_under_its_packages_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vizdoom")
+    monkeypatch.chdir(tmp_path)
+    env = make_real("vizdoom.gymnasium_wrapper:VizdoomBasic-v1", size=16)
+    assert isinstance(env, LastScreen)
+    env.reset(seed=0)
+    env.close()
+    assert not (tmp_path / "_vizdoom.ini").exists()  # the game's settings are kept nowhere
 
 
 def test_doom_moves_against_the_world() -> None:
@@ -199,8 +204,12 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         make_real("Blind-v0")
     with pytest.raises(ValueError, match="render_mode.*rgb_array.*human"):
         make_real("CartPole-v1", render_mode="human")
-    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
-        make_real("CartPole-v1", size=0)
+    with pytest.raises(ValueError, match="size: expected at least 8, got 7"):
+        make_real("CartPole-v1", size=7)
+    with pytest.raises(
+        ValueError, match="env_id: expected .* got 'sfv_world/World-v0' .*'world'.*needs arguments with them"
+    ):
+        make_real("sfv_world/World-v0")
     monkeypatch.setitem(__import__("sys").modules, "pygame", None)
     with pytest.raises(ValueError, match="env_id: expected .* rendered here, got 'CartPole-v1'.*pygame.*pip install"):
         make_real("CartPole-v1")

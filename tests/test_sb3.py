@@ -63,6 +63,10 @@ def test_options_begin_rows(envs):
     frames = np.random.default_rng(0).integers(256, size=(3, 2, 16, 24, 3), dtype=np.uint8)
     envs.set_options([{"frames": frame, "actions": np.array([1])} for frame in frames])
     np.testing.assert_array_equal(envs.reset(), frames[:, -1])
+    envs.set_options([{"frames": frames[0]}, {}, {}])
+    with pytest.raises(ValueError, match="options: expected the same keys for every row, or none"):
+        envs.reset()
+    assert envs.reset().shape == (3, 16, 24, 3)  # they were for one reset
 
 
 def test_rows_are_rendered(envs, tiny_world):

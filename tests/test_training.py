@@ -15,6 +15,7 @@ from tiny import normal
 from sfv_world.checkpoint import MODEL, load_model, load_tensors
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.evaluation import split_as_trained
+from sfv_world.given import alone_in
 from sfv_world.interrupt import patient
 from sfv_world.loading import load_world
 from sfv_world.training import trainer
@@ -250,15 +251,37 @@ def test_minutes_end_a_run(config, kind):
         (dict(steps=0), "steps: expected more than 0, got 0"),
         (dict(minutes=-1.0), "minutes: expected more than 0, got -1.0"),
         (dict(warmup=0), "warmup: expected more than 0, got 0"),
+        (dict(seed=-1), r"seed: expected 0 to 2\*\*32 - 1, got -1"),
         (dict(bins=4, bands=0), "bins: expected 0 for a shallow flow without bands, got 4.*--bands"),
         (dict(bins=4, kind="autoregressive"), "bins: expected 0 for a shallow flow without bands, got 4"),
         (dict(objective=ObjectiveConfig(imagined=1.0), bands=0), "objective.imagined: expected 0 but for .* bands, got 1.0"),
         (dict(objective=ObjectiveConfig(errors=0.5), kind="autoregressive"), "objective.errors: expected 0 but for .* got 0.5"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_go_together_are_told(config, changes, message):
+def test_options_out_of_range_or_that_do_not_go_together_are_told(config, changes, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **changes)
+
+
+def test_one_run_at_a_time_trains_in_a_folder(config):
+    with alone_in(config.out), pytest.raises(ValueError, match="out: expected a folder that no other run writes to"):
+        train(config)
+    assert not config.out.exists()
+
+
+def test_a_run_whose_state_is_damaged_is_told(config):
+    train(config)
+    (config.out / STATE).write_text("{cut off")
+    with pytest.raises(ValueError, match=r"training.json: expected what the run said of itself, got .*--init"):
+        train(replace(config, steps=9, resume=True))
+
+
+def test_validation_weighs_as_training_does(config):
+    objective = ObjectiveConfig(motion_weight=0.0, errors=1.0, imagined=1.0, action_dropout=0.5)
+    found = Trainer(replace(config, objective=objective)).validate()
+    assert found["flow_loss"] == pytest.approx(found["nats_per_dim"], abs=1e-6)
+    weighted = Trainer(replace(config, out=config.out / "other")).validate()
+    assert weighted["nats_per_dim"] == found["nats_per_dim"] and weighted["flow_loss"] != weighted["nats_per_dim"]
 
 
 @pytest.mark.parametrize(

@@ -465,14 +465,19 @@ def test_guided_sweeps_find_what_the_guided_fields_map_to_the_noise(build_world,
         assert one.sweeps == output.sweeps[row]
 
 
-def test_a_state_is_of_one_world_alone(build_world):
+def test_a_state_is_of_one_world_alone(build_world, tmp_path):
     one, other = load_world(build_world()), load_world(build_world(seed=1))
     state = one.start([0, 1])
-    for verb in (lambda: other.step(state, [0, 0]), lambda: other.observe(state, [0, 0], VIDEO[:2, 0])):
+    for verb in (
+        lambda: other.step(state, [0, 0]),
+        lambda: other.observe(state, [0, 0], VIDEO[:2, 0]),
+        lambda: other.save_state(state, tmp_path / "state"),
+    ):
         with pytest.raises(
             ValueError, match=r"state: expected one of .*, got one of another world.* Use it with the world"
         ):
             verb()
+    assert not (tmp_path / "state").exists()
     assert not state.spent and len(repr(state)) < 100 and "2 rows" in repr(state) and "Discrete" in repr(one)
     with pytest.raises(ValueError, match="state: expected at least one row, got none"):
         one.step(state[[]], [])

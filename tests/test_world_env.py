@@ -89,6 +89,7 @@ def test_composite_actions(build_world):
         ({**good, "mouse": good["mouse"][:1]}, r"actions\['mouse'\]: expected a tuple of 2 parts"),
         ({**good, "mouse": (np.full(2, np.nan), 1)}, r"actions\['mouse'\]\[0\]: expected finite numbers, got NaN"),
         (0, "actions: expected a dict with the keys .*, got int"),
+        (None, "actions: expected one of Dict.*, got None"),
     ):
         with pytest.raises(ValueError, match=message):
             env.step(bad)

@@ -6,6 +6,7 @@ frame t. Numpy only; the training loop turns clips into tensors.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +132,7 @@ def load_episodes(path: str | Path) -> Episodes:
     path = Path(path)
     try:
         storage = MinariStorage.read(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"path: expected the folder of a Minari dataset, got {str(path)!r} ({error}). "
             "Record one with `sfv-world collect`."
@@ -157,11 +158,13 @@ def load_episodes(path: str | Path) -> Episodes:
     repeated = np.zeros(total, bool)
     starts = np.zeros(count, np.int64)
     row = 0
-    for k, episode in enumerate(storage.get_episodes(range(count))):
+    for k, episode in enumerate(_whole(path, storage.get_episodes(range(count)))):
         images = _rgb(episode["observations"][key] if key else episode["observations"])
         if frames is None:
             frames = np.empty((total, *images.shape[1:]), np.uint8)
         end = row + len(images)
+        if end > total:
+            break
         starts[k] = row
         frames[row:end] = images
         _fill(actions, slice(row, end - 1), episode["actions"])
@@ -169,7 +172,8 @@ def load_episodes(path: str | Path) -> Episodes:
         terminations[row + 1 : end] = episode["terminations"]
         repeated[row:end] = (episode["infos"] or {}).get(REPEATED_SCREEN, False)
         row = end
-    assert frames is not None and row == total, f"{path} says it has {total} frames but holds {row}"
+    if frames is None or row != total:
+        raise ValueError(f"{path}: expected {total} frames, as its metadata says, got others. Copy or record it again.")
     return Episodes(
         frames=frames,
         actions=actions,
@@ -181,6 +185,16 @@ def load_episodes(path: str | Path) -> Episodes:
         action_space=storage.action_space,
         metadata={name: metadata[name] for name in ("dataset_id", "recipe", "fps") if name in metadata},
     )
+
+
+def _whole(path: Path, episodes: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Episodes as they are read; a ValueError where one cannot be."""
+    try:
+        yield from episodes
+    except (KeyError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected whole episodes, got some that cannot be read ({error}). Copy or record it again."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +35,7 @@ from tqdm import tqdm
 from sfv_world.agents.policies import Policy, load_policy
 from sfv_world.data.images import REPEATED_SCREEN
 from sfv_world.envs.real import make_real
+from sfv_world.given import alone_in, check_counts, check_seed
 from sfv_world.interrupt import patient
 
 INDEX_FILE_NAME = "main_data.hdf5"
@@ -64,13 +67,11 @@ class CollectConfig:
     """Steps after which an episode is truncated; none: only the environment ends it."""
     frames_per_write: int = 4096
     """Frames kept in memory between writes; a killed run loses at most these and the episode in progress, one that Ctrl-C ends
-    nothing."""
+    only that. Whatever is lost, the same command records again."""
 
     def __post_init__(self) -> None:
-        if self.frames_per_write < 1:
-            raise ValueError(f"frames_per_write: expected at least 1, got {self.frames_per_write}.")
-        if self.max_episode_steps is not None and self.max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps: expected none or at least 1, got {self.max_episode_steps}.")
+        check_counts(self, "frames", "frames_per_write", "max_episode_steps")
+        check_seed(self.seed)
 
     def recipe(self) -> dict[str, Any]:
         """Everything that decides what an episode holds; kept in the dataset's metadata."""
@@ -91,8 +92,7 @@ def collect(config: CollectConfig) -> Path:
         ValueError: if the folder holds something else, or the environment or the policy does not exist.
     """
     config = replace(config, out=config.out.resolve())  # Minari joins relative paths twice
-    env = make_real(config.env, size=config.size, frame_skip=config.frame_skip)
-    try:
+    with alone_in(config.out), closing(make_real(config.env, size=config.size, frame_skip=config.frame_skip)) as env:
         policy = load_policy(config.policy, env, hold=config.hold)
         _open_dataset(config, env)
         episodes, frames = _progress(config.out)
@@ -100,23 +100,29 @@ def collect(config: CollectConfig) -> Path:
         described = {"unit": "frame", "desc": str(config.out)}
         with patient() as interrupted, tqdm(total=config.frames, initial=frames, **described) as bar:
             while frames < config.frames:
-                buffers.append(record_episode(env, policy, config, episodes + len(buffers)))
-                frames += len(buffers[-1]) + 1
-                bar.update(len(buffers[-1]) + 1)
+                episode = record_episode(env, policy, config, episodes + len(buffers), interrupted)
+                if episode is not None:
+                    buffers.append(episode)
+                    frames += len(episode) + 1
+                    bar.update(len(episode) + 1)
                 kept, stop = sum(len(buffer) + 1 for buffer in buffers), interrupted()
-                if frames >= config.frames or kept >= config.frames_per_write or stop:
+                if buffers and (frames >= config.frames or kept >= config.frames_per_write or stop):
                     _append(config.out, buffers)
                     episodes, buffers = episodes + len(buffers), []
                 if stop:
                     bar.write(f"stopped: {config.out} keeps {episodes} episodes; the same command goes on")
                     raise KeyboardInterrupt
-    finally:
-        env.close()
     return config.out
 
 
-def record_episode(env: gym.Env[np.ndarray, Any], policy: Policy, config: CollectConfig, index: int) -> EpisodeBuffer:
-    """Plays one episode; with the random policy it is a pure function of (config, index)."""
+def record_episode(
+    env: gym.Env[np.ndarray, Any],
+    policy: Policy,
+    config: CollectConfig,
+    index: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> EpisodeBuffer | None:
+    """Plays one episode; with the random policy it is a pure function of (config, index). None if it was `interrupted`."""
     env_seed, policy_seed = (int(seed) for seed in np.random.SeedSequence([config.seed, index]).generate_state(2))
     policy.reset(policy_seed)
     frame, info = env.reset(seed=env_seed)
@@ -127,6 +133,8 @@ def record_episode(env: gym.Env[np.ndarray, Any], policy: Policy, config: Collec
     truncations: list[bool] = []
     done = False
     while not done:
+        if interrupted():
+            return None
         action = policy(frame)
         frame, reward, terminated, truncated, info = env.step(action)
         truncated = truncated or (not terminated and len(actions) + 1 == config.max_episode_steps)

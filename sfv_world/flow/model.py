@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import BandFlow, RasterFlow, Stage
+from sfv_world.flow.spline import MOST_BINS
 from sfv_world.flow.transformer import SlotTransformer, TransformerConfig
 
 DeepKind = Literal["frame-parallel", "autoregressive"]
@@ -62,8 +63,10 @@ class FlowConfig:
         if self.groups not in (1, 2, 4) or (self.groups > 1 and not self.bands):
             raise ValueError(f"groups must be 1, 2 or 4, and 1 without bands, got {self.groups} and bands {self.bands}")
 
-        if len(self.bins) > len(self.bands) or any(n < 2 for n in self.bins):
-            raise ValueError(f"bins must be 2 or more, at most one for each of the bands {self.bands}, got {self.bins}")
+        if len(self.bins) > len(self.bands) or any(not 2 <= n <= MOST_BINS for n in self.bins):
+            raise ValueError(
+                f"bins must be 2 to {MOST_BINS}, at most one for each of the bands {self.bands}, got {self.bins}"
+            )
 
     @property
     def tokens(self) -> int:

@@ -18,6 +18,8 @@ from sfv_world.layers import at_least_float32
 REACH = 5.0
 LEAST = 1e-3
 """Smallest width and height of a bin, as a part of [-REACH, REACH], and smallest slope at a knot."""
+MOST_BINS = 100
+"""Of a curve: their smallest widths are then a tenth of the whole."""
 SLOPE_ONE = math.log(math.expm1(1 - LEAST))  # LEAST + softplus(SLOPE_ONE) = 1
 
 

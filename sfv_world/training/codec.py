@@ -19,7 +19,7 @@ from sfv_world.checkpoint import save_autoencoder
 from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.film import decibels, write_image
-from sfv_world.given import given_device
+from sfv_world.given import alone_in, given_device
 from sfv_world.training.run import Run
 from sfv_world.training.schedule import RunConfig, moving_average
 
@@ -149,4 +149,5 @@ def train_codec(config: TrainCodecConfig) -> dict[str, float]:
     """
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(f"train-codec: expected one process, got {processes}. Start it without torchrun.")
-    return CodecTrainer(config).run()
+    with alone_in(config.out):
+        return CodecTrainer(config).run()

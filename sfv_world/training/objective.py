@@ -5,7 +5,7 @@ weighted; the gradient of such a loss with respect to its input is the flow's sc
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -87,10 +87,12 @@ class ObjectiveConfig:
     """Of so many steps one moves the flow by the plain likelihood alone, from whose gradient the denoiser learns."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.errors <= 1:
-            raise ValueError(f"errors: expected 0 to 1, got {self.errors}.")
-        if not 0 <= self.imagined <= 1:
-            raise ValueError(f"imagined: expected 0 to 1, got {self.imagined}.")
+        for name in ("action_dropout", "errors", "imagined"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}.")
+        for name in (field.name for field in fields(self) if field.name.endswith("_weight")):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}.")
         if self.imagined_gap is not None and not self.imagined_gap > 0:
             raise ValueError(f"imagined_gap: expected none or a positive number, got {self.imagined_gap}.")
         if self.score_every < 1:

@@ -210,7 +210,14 @@ class Run(ABC):
 
     def _reached(self) -> dict[str, Any]:
         """What the run that is resumed said of itself."""
-        return json.loads((self.config.out / STATE).read_text())
+        path = self.config.out / STATE
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: expected what the run said of itself, got a file that cannot be read ({error}). Begin a new run from "
+                "what it trained (--init)."
+            ) from error
 
     def _state(self) -> dict[str, Tensor]:
         """All tensors that a resumed run needs, by name; those of this process only where they are sharded."""

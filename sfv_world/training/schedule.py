@@ -17,6 +17,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
         ("more than 0", lambda value: 0 < value < math.inf),
     ),
     **dict.fromkeys(("validate_minutes", "weight_decay"), ("at least 0", lambda value: value >= 0)),
+    "seed": ("0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
     "ema": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
     "held_out": ("more than 0 and less than 1", lambda value: 0 < value < 1),
 }

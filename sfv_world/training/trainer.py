@@ -1,6 +1,7 @@
 """Training of worlds: a recording in, a world's folder out. The loop is `run`'s; the loss `objective`'s."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from sfv_world.checkpoint import MODEL, STARTS, load_autoencoder, save_model
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler
 from sfv_world.film import compare
+from sfv_world.given import alone_in
 from sfv_world.loading import save_starts
 from sfv_world.model import WorldModel, model_config
 from sfv_world.released.adapted import AdaptedModel
@@ -20,7 +22,7 @@ from sfv_world.training.adapt import adapt
 from sfv_world.training.config import PRESETS, TrainConfig
 from sfv_world.training.distributed import ALONE, Group, joined
 from sfv_world.training.inherit import inherit
-from sfv_world.training.objective import Batch, ObjectiveConfig, noise_left, score_loss, world_loss
+from sfv_world.training.objective import Batch, noise_left, score_loss, world_loss
 from sfv_world.training.run import Run
 from sfv_world.training.schedule import moving_average
 from sfv_world.world import World
@@ -125,7 +127,7 @@ class Trainer(Run):
             return {}
         sampler = ClipSampler(self.held_out, config.clip, 16, seed=1)
         generator = torch.Generator(config.device).manual_seed(config.seed)
-        objective, found = ObjectiveConfig(action_dropout=0.0), []
+        objective, found = replace(config.objective, action_dropout=0.0, errors=0.0, imagined=0.0), []
         model.eval()
         with torch.no_grad():
             for index in range(batches):
@@ -192,5 +194,5 @@ def train(config: TrainConfig) -> dict[str, float]:
 
     Started by `torchrun`, it is one of the processes that train it together.
     """
-    with joined(config.device) as group:
+    with joined(config.device) as group, alone_in(config.out) if group.first else nullcontext():
         return Trainer(replace(config, device=group.device), group).run()
