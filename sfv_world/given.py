@@ -53,8 +53,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another run is in it.
     """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"sfv-world-{getpass.getuser()}-{name}.lock", blocking=False)
+    name, user = (
+        hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+        getattr(os, "getuid", getpass.getuser)(),
+    )
+    lock = FileLock(Path(tempfile.gettempdir()) / f"sfv-world-{user}-{name}.lock", blocking=False)
     try:
         lock.acquire()
     except Timeout:
