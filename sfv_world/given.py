@@ -5,7 +5,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another run is in it.
     """
-    name, user = (
-        hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-        getattr(os, "getuid", getpass.getuser)(),
-    )
-    lock = FileLock(Path(tempfile.gettempdir()) / f"sfv-world-{user}-{name}.lock", blocking=False)
+    user = getattr(os, "getuid", getpass.getuser)()
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"sfv-world-{user}-{name}.lock"
+    lock = FileLock(path, blocking=False)
     try:
         lock.acquire()
     except Timeout:
@@ -67,6 +66,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # where open files cannot be removed, it stays
+            path.unlink()
         lock.release()
 
 
