@@ -151,10 +151,10 @@ def solve(
     tolerances = tolerance if isinstance(tolerance, Tensor) else torch.full((rows,), tolerance, device=device)
     tokens = draft.clone()
     features = without = noise.new_empty(rows, length, block.config.width)
-    caches, told_of = ([], []) if cache is None else ([cache], [controls])
-    if cache is not None and unguided is not None:  # the current frame once more, as told of nothing
+    caches, branches = ([], []) if cache is None else ([cache], [controls])
+    if cache is not None and unguided is not None:  # the current frame once more, in keys and values of its own
         caches.append(cache.rows(torch.arange(rows, device=device)))
-        told_of.append(unguided)
+        branches.append(unguided)
         without = torch.empty_like(features)
     sweeps = torch.zeros(rows, dtype=torch.long, device=device)
     errors = noise.new_zeros(rows, length)
@@ -162,7 +162,7 @@ def solve(
         stop = min(start + (size or length), length)
         limit = max_sweeps or stop - start + 1
         settled = torch.full((rows,), start, device=device)  # tokens that are, with all before them
-        # What the host knows: which rows take part, in a cache of their own, and what they all have settled.
+        # What the host knows: which rows take part, in caches of their own, and what they all have settled.
         active, works, known, told = np.arange(rows), caches, start, deque[Fetch]()
         taking_part = to_device(active, device)
         for sweep in range(1, limit + 1):
@@ -174,8 +174,8 @@ def solve(
             if works:
                 at_slots = _pick(condition, taking_part, at)
                 seen = [
-                    block.decode(carried, work, at, _pick(of, taking_part), at_slots)
-                    for work, of in zip(works, told_of, strict=True)
+                    block.decode(carried, work, at, _pick(told_of, taking_part), at_slots)
+                    for work, told_of in zip(works, branches, strict=True)
                 ]
             else:
                 given = None if condition is None else condition[taking_part, None]
