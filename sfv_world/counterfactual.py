@@ -7,12 +7,13 @@ action, prediction (Pearl, Causality, 2nd ed., section 7.1).
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from einops import rearrange
 from gymnasium import spaces
 from jaxtyping import UInt8
@@ -44,9 +45,9 @@ class CounterfactualConfig:
     out: Path = Path("out/counterfactual")
     """Folder of the film `counterfactual.mp4` and the contact sheet `counterfactual.png`."""
     frames: int = 32
-    """Frames after the context."""
+    """Frames after the context; up to whole steps, where those have several frames."""
     context: int = 8
-    """Real frames the world reads first."""
+    """Real frames the world reads first; up to whole steps."""
     change_at: int = 8
     """Number, from 0, of the frame after the context that the changed action leads to first."""
     action: str | None = None
@@ -79,7 +80,7 @@ def replay(world: World, abduction: Abduction, actions: Actions) -> Iterator[Wor
         actions: the B x N actions that lead to the N frames after the context; None where the model shall not know them.
 
     Returns:
-        What the world says of each frame, in turn.
+        What the world says of each step, in turn.
 
     Raises:
         ValueError: if the noise is another world's, decoding is guided or looks ahead, or the actions are not of the space.
@@ -100,15 +101,15 @@ def replay(world: World, abduction: Abduction, actions: Actions) -> Iterator[Wor
             "the last one never: abduct and replay without it."
         )
     if actions is not None:
-        flatten_actions(world.action_space, actions, tuple(abduction.noise.shape[:2]))
+        flatten_actions(world.action_space, actions, tuple(abduction.frames.shape[:2]))
     return _decode(world, abduction, actions)
 
 
 def _decode(world: World, abduction: Abduction, actions: Actions) -> Iterator[WorldOutput]:
     state = abduction.state[:]
     for n in range(abduction.noise.shape[1]):
-        action = None if actions is None else take(actions, np.s_[:, n])
-        state, output = world.step(state, action, abduction.noise[:, n])
+        action = None if actions is None else take(actions, np.s_[:, n * world.time : (n + 1) * world.time])
+        state, output = world.step(state, action, abduction.noise[:, n], held=False)
         yield output
 
 
@@ -142,7 +143,9 @@ def counterfactual(config: CounterfactualConfig) -> Path:
     From left to right (in the contact sheet from above): the real frames; the same noise and the same actions; the same
     noise and, for some frames (marked by a red line), another action. The branches' frames are noised as the world sees them.
     """
-    world = load_world(config.world, config.device, released=False)
+    world = load_world(config.world, config.device).with_decoding(denoise="none")
+    time, whole = world.time, world.model.codec.whole
+    config = replace(config, context=whole(config.context), frames=whole(config.frames + 1) - 1)
     height, width, _ = world.frame_shape
     check_film(config.rows * height, 3 * width)
     wanted = None if config.action is None else parse_action(world.action_space, config.action)
@@ -159,17 +162,21 @@ def counterfactual(config: CounterfactualConfig) -> Path:
     both = zip(replay(world, abduction, after), replay(world, abduction, changed), strict=True)
     print("log-likelihood in nats, mean of the rows; differences in levels of 255")
     print("frame     observed  same action  other action  same - observed  other - same")
-    for n, (one, two) in enumerate(tqdm(both, total=config.frames, desc="both branches", unit="frame")):
+    for n, (one, two) in enumerate(tqdm(both, total=config.frames // time, desc="both branches", unit="step")):
         same.append(one)
         other.append(two)
-        observed, a, b = abduction.frames[:, n].int(), one.frames.int(), two.frames.int()
+        a, b = one.frames.int(), two.frames.int()
+        observed = abduction.frames[:, n * time : (n + 1) * time].reshape(a.shape).int()
         tqdm.write(
-            f"{n:5d}  {abduction.log_likelihood[:, n].mean():11.1f}  {one.log_likelihood.mean():11.1f}  "
+            f"{n * time:5d}  {abduction.log_likelihood[:, n].mean():11.1f}  {one.log_likelihood.mean():11.1f}  "
             f"{two.log_likelihood.mean():12.1f}  {(a - observed).abs().max().item():15d}  "
             f"{(b - a).abs().float().mean():12.2f}"
         )
-    films = [np.stack([output.frames.cpu().numpy() for output in branch], axis=1) for branch in (same, other)]
     seen = abduction.frames.cpu().numpy()
+    films = [
+        torch.stack([output.frames for output in branch], dim=1).cpu().numpy().reshape(seen.shape)
+        for branch in (same, other)
+    ]
     apart = np.abs(films[0].astype(np.int16) - seen)
     print(
         f"same action: {(apart == 0).mean():.2%} of the colour values as observed, the others within {apart.max()}; "

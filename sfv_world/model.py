@@ -171,8 +171,10 @@ class WorldModel(nn.Module):
         uniform: Float[Tensor, "b 1 height width 3"],
         normal: Float[Tensor, "b 1 h w k"],
         controls: Float[Tensor, "b n d"],
+        *,
+        as_imagined: bool = False,
     ) -> FrameReport:
-        """Reads the next frame."""
+        """Reads the next frame; `show` shows it as an imagined one, whatever `as_imagined`."""
         return read_frame(self.flow, stream, self.noised_tokens(frames, uniform, normal)[:, 0], controls)
 
     def imagine_frame(

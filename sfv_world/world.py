@@ -19,7 +19,7 @@ from torch import Tensor
 from sfv_world import chance
 from sfv_world.checkpoint import STARTS, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
-from sfv_world.decoding.frames import FrameReport, StreamState, read_frame
+from sfv_world.decoding.frames import FrameReport, StreamState
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.denoiser import Seen
 from sfv_world.flow.cache import FrameCache
@@ -55,9 +55,9 @@ class Abduction(NamedTuple):
     state: WorldState
     """After the context frames; step from a copy (`state[:]`)."""
     noise: Float[Tensor, "b t l c"]
-    """Exact noise of every frame after the context."""
-    frames: UInt8[Tensor, "b t h w 3"]
-    """Those frames as the world sees them, noised: what `step` shows, without denoising, when it decodes their noise."""
+    """Exact noise of every step after the context."""
+    frames: UInt8[Tensor, "b n h w 3"]
+    """Their frames as the world sees them, noised: what `step` shows, without denoising, when it decodes their noise."""
     log_likelihood: Float[Tensor, "b t"]
     """Theirs, as in `WorldOutput`."""
 
@@ -310,19 +310,15 @@ class World:
         prediction: Pearl, Causality, 2nd ed., section 7.1).
 
         Args:
-            frames: (B, T, H, W, 3) uint8.
+            frames: (B, T, H, W, 3) uint8; T is 1 + a multiple of `time`.
             actions: the B x T-1 actions between them; unknown if not given.
             seeds: an integer per row, they decide the noise added to the frames; 0, 1, 2, ... if not given.
-            context: number of frames that are read first, K >= 1; the noise is that of the other T - K.
+            context: number of frames that are read first, K >= 1, 1 + a multiple of `time`; the noise is that of the steps of
+                the other T - K.
 
         Raises:
             ValueError: if shapes, types or values are not what the world expects, or nothing is left after the context.
         """
-        if not isinstance(self.model, WorldModel):
-            raise ValueError(
-                f"{self.name}: expected a world of its own weights to abduct noise by, got one on a released model. Observe the "
-                "frames instead."
-            )
         frames = given_frames(frames, "(B, K", self.frame_shape, self.device)
         rows, count = frames.shape[:2]
         if not 1 <= context < count:
@@ -330,16 +326,16 @@ class World:
                 f"context: expected 1 to {count - 1} of the {count} frames, got {context}. Give more frames, or read fewer first."
             )
         vectors, known = self._past_actions(actions, rows, count)
-        row_seeds = given_seeds(seeds, rows)
-        start = self._reset(frames[:, :context], vectors[:, :context], known[:, :context], row_seeds)
-        tokens = self._noised(frames[:, context:], row_seeds, start.ages)
-        stream, reports = start[:].stream, []
-        for n in range(context, count):
-            controls = self.model.controls(vectors[:, n], known[:, n])
-            reports.append(read_frame(self.model.flow, stream, tokens[:, n - context], controls))
-        noise = torch.stack([report.noise for report in reports], dim=1)
-        log_likelihood = torch.stack([report.log_prob for report in reports], dim=1).sum(-1) + self.model.codec.log_det
-        return Abduction(start, noise, self._shown(tokens), log_likelihood)
+        row_seeds, begun = given_seeds(seeds, rows), self.model.codec.steps(context)
+        start = self._reset(frames[:, :context], vectors[:, :begun], known[:, :begun], row_seeds)
+        stream, reports, shown = start[:].stream, [], []
+        for n, step in enumerate(frames[:, context:].split(self.time, dim=1)):
+            controls = self.model.controls(vectors[:, begun + n], known[:, begun + n])
+            noise = self._noise(row_seeds, start.ages + n, 1)
+            reports.append(self.model.read_frame(stream, step, *noise, controls, as_imagined=True))
+            shown.append(self.model.show(stream, reports[-1].features, False).reshape(step.shape))
+        noises, log_prob = (torch.stack([report[part] for report in reports], dim=1) for part in (1, 0))
+        return Abduction(start, noises, torch.cat(shown, dim=1), log_prob.sum(-1) + self.model.codec.log_det)
 
     @untracked
     def at_clock(self, state: WorldState, clock: int) -> WorldState:

@@ -1,6 +1,7 @@
 """Training on a frozen released model, by the real command: the adapter learns, the backbone stays, and the world is stepped."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from test_text import LENGTH
 import sfv_world
 from sfv_world import World, cli
 from sfv_world.checkpoint import load_tensors
+from sfv_world.counterfactual import CounterfactualConfig, counterfactual
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import split_as_trained
 from sfv_world.released.backbone import Backbone
@@ -118,6 +120,22 @@ def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config
         assert film.streams.video[0].average_rate == 10
     assert cv2.imread(str(tmp_path / "demo/demo.png")).shape == (2 * 2 * 16, 16 * 24, 3)
     assert 2 <= len(told) <= 4  # CartPole falls after eight to ten frames: five are context
+
+
+def test_what_another_action_would_have_made_of_it(config, tmp_path, capsys):
+    """Context and frames up to whole steps; the same actions give back what was seen."""
+    train(replace(config, steps=1))
+    capsys.readouterr()
+    wanted = CounterfactualConfig(
+        str(config.out), config.data, tmp_path / "other", frames=7, context=4, change_at=2, rows=2, device="cpu"
+    )
+    counterfactual(wanted)
+    told = capsys.readouterr().out
+    found = re.search(r"same action: ([\d.]+)% of the colour values as observed, the others within (\d+);", told)
+    assert found and float(found[1]) > 95 and int(found[2]) <= 3 and "for 6 frames from 2 on" in told
+    with av.open(str(tmp_path / "other/counterfactual.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 8
+    assert cv2.imread(str(tmp_path / "other/counterfactual.png")).shape == (2 * 3 * 16, 8 * 24, 3)
 
 
 def test_the_backbone_stays_bit_for_bit_and_the_adapter_learns(config):

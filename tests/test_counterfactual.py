@@ -219,7 +219,7 @@ def test_the_command_shows_both_branches(home, capsys):
     ("options", "message"),
     [
         ({"action": "7"}, "action: expected values inside Discrete"),
-        ({"frames": 40}, "frames: expected clips shorter than the longest episode"),
+        ({"frames": 40}, "frames: expected fewer, context included, than the longest episode has"),
         ({"change-at": 9}, "change_at: expected one of the 6 frames"),
         ({"data": "nowhere"}, "path: expected the folder of a Minari dataset"),
     ],

@@ -181,8 +181,12 @@ class AdaptedModel(nn.Module):
         uniform: Float[Tensor, "b 1 height width 3"],
         normal: Float[Tensor, "b 1 h w k"],
         controls: Float[Tensor, "b m d"],
+        *,
+        as_imagined: bool = False,
     ) -> FrameReport:
         """Reads the frames of the next step.
+
+        What is shown later follows them as they are or, `as_imagined`, as `show` then shows them, noised.
 
         Raises:
             ValueError: if frames of a row were imagined, which the encoder, that looks back in time, has not seen.
@@ -194,7 +198,8 @@ class AdaptedModel(nn.Module):
             )
         given, reports = (frames, normal, controls[:, None]), []
         for videos in stream.parts:
-            reports.append(self._read(videos, *(stream.of_part(videos, x) for x in given)))
+            video, noise, told = (stream.of_part(videos, x) for x in given)
+            reports.append(self._read(videos, video, noise, told, as_imagined))
         return _joined(stream, reports)
 
     def imagine_frame(
@@ -243,10 +248,12 @@ class AdaptedModel(nn.Module):
         frames: UInt8[Tensor, "b n height width 3"],
         normal: Float[Tensor, "b t h w k"],
         controls: Float[Tensor, "b t m d"],
+        as_imagined: bool = False,
     ) -> FrameReport:
         """Reads frames of videos that are together; the report is of the last step."""
         signal = self.codec.signal(frames, memory=videos.seen)
-        self.codec.frames(signal, videos.shown)  # what is imagined later is shown as following these
+        if not as_imagined:
+            self.codec.frames(signal, videos.shown)  # what is imagined later is shown as following these
         for tokens, told in zip(
             self.codec.encode(signal + self.config.noise * normal).unbind(1), controls.unbind(1), strict=True
         ):
