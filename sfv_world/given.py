@@ -48,7 +48,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs on this machine out of a folder that one writes to for long.
+    """Keeps other runs of the same user, on the same machine, out of a folder that one writes to for long.
 
     Raises:
         ValueError: if another run is in it.

@@ -164,6 +164,14 @@ class WorldModel(nn.Module):
         """Reads videos that begin here; see `noised_tokens` and `decoding.frames.read_video`."""
         return read_video(self.flow, self.noised_tokens(frames, uniform, normal), controls, clock, report=report)
 
+    @property
+    def identity(self) -> ModelConfig:
+        """What decides, with the weights, which world it is."""
+        return self.config
+
+    def check_reading(self, stream: StreamState) -> None:
+        """Every stream can be read on."""
+
     def read_frame(
         self,
         stream: StreamState,

@@ -131,8 +131,10 @@ class WorldState:
 
     @torch.inference_mode(False)
     def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
-        """Replaces the given rows by those of `other`, a state of the same world and clock, in place."""
-        self.check()
+        """Replaces the given rows by those of `other`, a state of the same world and clock that is used up by it, in place."""
+        for state in (self, other):
+            state.check()
+        other.spent = True
         places = to_device(rows, self.frames.device)
         self.stream.put(places, other.stream)
         self.frames = self.frames.index_put((places,), other.frames)  # a new one: outputs share the old one

@@ -137,7 +137,7 @@ class World:
     @cached_property
     def checksum(self) -> int:
         """Of the configuration and the weights: a state belongs to the world whose checksum it was saved with."""
-        checksum = zlib.crc32(repr(self.model.config).encode())
+        checksum = zlib.crc32(repr(self.model.identity).encode())
         for tensor in self.model.state_dict().values():
             checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy(), checksum)
         return checksum
@@ -296,8 +296,9 @@ class World:
             raise ValueError(f"frames: expected {len(state)} rows as the state has, got {len(frames)}.")
         video = frames[:, None] if self.time == 1 else frames
         noise, before = self._noise(state.seeds, state.ages, 1), state.stream.tokens
-        report = self.model.read_frame(state.stream, video, *noise, controls)
+        self.model.check_reading(state.stream)
         state.spent = True
+        report = self.model.read_frame(state.stream, video, *noise, controls)
         output = self._output(self._draws(state.seeds, state.ages), report, frames)
         return self._next(state, Held(output, report.features, torch.zeros_like(output.terminated)), before)
 

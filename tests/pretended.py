@@ -259,6 +259,7 @@ def install() -> None:
         set_sync_debug_mode=set_sync_debug_mode,
         mem_get_info=lambda *_: (2**36, 2**37),
         memory_allocated=lambda *_: 0,
+        memory_reserved=lambda *_: 0,
         get_device_name=lambda *_: "pretended",
         _lazy_init=lambda: None,
     )

@@ -25,7 +25,9 @@ from sfv_world.checkpoint import load_tensors
 from sfv_world.counterfactual import CounterfactualConfig, counterfactual
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import split_as_trained
-from sfv_world.released.backbone import Backbone
+from sfv_world.released import memory
+from sfv_world.released.backbone import Backbone, find_parts
+from sfv_world.released.plan import sampling_needs
 from sfv_world.released.text import load_text_encoder
 from sfv_world.training import adapt
 from sfv_world.training.config import TrainConfig
@@ -102,6 +104,24 @@ def test_the_prompt_is_kept_with_its_caption_and_without(home, config, monkeypat
     states = load_text_encoder(home / "backbone/text_encoder", LENGTH)(["a cat", ""])
     assert torch.equal(model.text, states[:1]) and torch.equal(model.unconditional, states[1:])
     assert told == [("a cat", 0.5, 16, 24, 16), ("", 0.5, 16, 24, 16)] and not torch.equal(*states)
+
+
+def test_memory_is_counted_before_anything_is_loaded(config, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 1e4)
+    for name in ("load_text_encoder", "AdaptedModel"):
+        monkeypatch.setattr(adapt, name, lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="memory: expected about .* activations kept for training, about"):
+        Trainer(config)
+    names = ("activations kept for training, about",)
+    kept = [
+        [
+            need.size
+            for need in sampling_needs(*find_parts(config.init), 16, 24, 3, "float32", trained=batch)
+            if need.what in names
+        ]
+        for batch in (0, 1, 8)
+    ]
+    assert kept[0] == [] and kept[2] == [8 * kept[1][0]]
 
 
 def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config, tmp_path, monkeypatch):

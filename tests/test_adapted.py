@@ -3,6 +3,7 @@
 import json
 import pickle
 from copy import deepcopy
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -154,6 +155,7 @@ def test_guidance_is_that_of_two_parallel_passes(world, block):
         said.append(output)
         first.append(state.stream.parts[0].chunk[-1])
         assert output.guided.all() and output.certificate.max() < 1e-3
+        assert block is None or (output.sweeps == 2 * 6).all()  # of six tokens, with prompt and actions and without
     tokens, _, controls = (torch.stack(part, dim=1) for part in zip(*first, strict=True))
     with torch.no_grad():
         for at, before in model.config.chunks(6):
@@ -271,6 +273,37 @@ def test_rows_at_the_same_place_are_computed_together(world):
     assert len(state[[]]) == len(state[[]].stream.tokens) == 0
 
 
+def test_rows_that_come_to_the_same_place_go_on_together(world):
+    """What was observed and what was imagined are kept apart until a chunk restarts."""
+    frames, actions = video(world, 1, 3)
+    state, _ = world.step(world.start([3, 4]), [1, 2])
+    observed = world.reset(frames, actions)
+    shown = video(world, 1, 2, seed=1)[0][:, 1:]
+    observed, _ = world.observe(observed, [1], shown if world.time > 1 else shown[:, 0])
+    alone = observed[:]
+    state.put(np.array([1]), observed)
+    assert len(state.stream.parts) == 2
+    with pytest.raises(ValueError, match="state: expected one that was not used up"):
+        world.step(observed, [0])
+    for _ in range(3):
+        state, both = world.step(state, [0, 2])
+        alone, one = world.step(alone, [2])
+        close(both.log_likelihood[1:], one.log_likelihood, atol=2e-3)
+    assert len(state.stream.parts) == 1
+
+
+def test_a_step_that_fails_midway_uses_its_state_up(world, monkeypatch):
+    frames, _ = video(world, 2, 2)
+    shown = frames[:, 1:] if world.time > 1 else frames[:, 1]
+    for verb in (lambda of: world.observe(of, [0, 1], shown), lambda of: world.step(of, [0, 1])):
+        state = world.reset(frames[:, :1])
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(world.model.flow, "orient", lambda *arguments: (_ for _ in ()).throw(MemoryError()))
+            verb(state)
+        with pytest.raises(ValueError, match="state: expected one that was not used up"):
+            verb(state)
+
+
 def test_rows_that_began_at_different_steps_are_restored_bit_for_bit(world):
     envs = WorldVectorEnv(4, world=world, autoreset_mode="Disabled")
     envs.reset(seed=0)
@@ -365,6 +398,7 @@ def test_a_folder_holds_the_adapter_alone_and_reads_the_same(folder, world):
     size = (folder / "model.safetensors").stat().st_size
     assert size < 5 * sum(p.numel() for p in world.model.parameters()) + 10_000
     again = sfv_world.load_world(folder)
+    again.model.config = replace(again.model.config, backbone="elsewhere")  # wherever the same backbone lies
     assert again.checksum == world.checksum and again.decoding.denoise == "causal"
 
 
@@ -378,6 +412,8 @@ def test_a_saved_state_goes_on_bit_for_bit(world, tmp_path, steps, guidance):
         state, _ = world.step(state, [step % 3, 1, 0])
     world.save_state(state, tmp_path / "state")
     pickled = pickle.dumps(state[:])
+    chunk = state[:].stream.parts[0].chunk
+    assert len(pickle.dumps(chunk)) < 1.5 * sum(x.nbytes for past in chunk for x in past) + 1000 * len(chunk)
     assert b"Parameter" not in pickled and b"nn.modules" not in pickled
     for copy in (world.load_state(tmp_path / "state"), pickle.loads(pickled), deepcopy(state[:])):
         mine = state[:]
@@ -391,6 +427,14 @@ def test_a_saved_state_goes_on_bit_for_bit(world, tmp_path, steps, guidance):
             (mine, said), (copy, again) = (world.step(of, [step % 3, 2, 1]) for of in (mine, copy))
             for one, other in zip(said, again, strict=True):
                 assert torch.equal(one, other)
+
+
+def test_a_state_is_of_what_the_backbone_computes_in(tmp_path):
+    world = World(make_model(make_backbone(tmp_path)))
+    before, world = world.checksum, World(world.model)
+    for block in world.model.flow.blocks:
+        block.attn_blocks.to(torch.bfloat16)
+    assert world.checksum != before
 
 
 def test_mistakes_are_told(folder, world):

@@ -129,6 +129,14 @@ def test_an_image_is_cleaned_by_the_score_and_decoded():
         draw_clips(flow, codec, TEXT, GRID, 2, CONFIG)
 
 
+def test_clips_are_drawn_in_inference_mode_too(codec):
+    flow = randomised(ReleasedFlow(replace(TINY, in_channels=4, learnable_self_denoiser=False)), scale=0.1).eval()
+    expected = draw_clips(flow, codec, TEXT, GRID, 3, CONFIG)
+    with torch.inference_mode():
+        found = draw_clips(flow, codec, TEXT + 0, GRID, 3, CONFIG)
+    assert torch.equal(found.frames, expected.frames)
+
+
 def test_what_does_not_fit_is_told(draw):
     with pytest.raises(
         ValueError, match="context: expected at least 1 latent frame and fewer than the chunk's 4, got 4"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from released import TINY, VIDEO, close
 from safetensors.torch import load_file
+from tiny import randomised
 
 from sfv_world import cli
 from sfv_world.released import ReleasedFlow, load_released, sample
@@ -41,6 +42,16 @@ def test_converting_changes_nothing_and_holds_one_shard(tmp_path, monkeypatch, c
     assert os.listdir(tmp_path) == ["made"]
     out = capsys.readouterr().out
     assert "3,296,936 parameters" in out and "blocks.3.attn_mask" in out and "var" in out
+
+
+def test_converting_into_the_empty_folder_that_one_is_in(tmp_path, monkeypatch):
+    flow = randomised(ReleasedFlow(TINY))
+    torch.save(flow.state_dict(), tmp_path / "tiny.pth")
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY.__dict__))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert(ConvertConfig(tmp_path / "tiny.pth", Path("."), str(tmp_path / "tiny.json")))
+    assert load_released(tmp_path / "here").config == TINY
 
 
 def test_shards_keep_order_and_limit():

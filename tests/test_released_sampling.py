@@ -135,6 +135,14 @@ def test_a_row_of_many_is_that_row_alone(wide):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("block", [1, 2])
+def test_what_is_no_number_is_certified_by_none(wide, block):
+    noise = normal(2, 3, 10, 8, seed=5, dtype=torch.float64)
+    noise[0, 0, 1] = torch.nan
+    drawn = sample(wide.flow, noise, wide.text, wide.grid, decoding=SolverConfig(block=block))
+    assert drawn.certificate[0, 0].isnan() and drawn.certificate[1:].max() < 1e-3
+
+
 def test_guidance():
     generator = torch.Generator().manual_seed(0)
     mu, sigma, mu_u, sigma_u = (0.1 + torch.rand(50, 3, generator=generator) for _ in range(4))

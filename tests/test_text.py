@@ -113,6 +113,9 @@ def test_states_of_another_encoder_are_others(tmp_path):
     config = tmp_path / "t5/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "relative_attention_max_distance": 64}))
     assert cache.missing(["a cat"]) == ["a cat"]
+    before = cache.states(["a cat"])
+    save_encoder(tmp_path / "t5", seed=1)  # the same sizes, other weights
+    assert cache.missing(["a cat"]) == ["a cat"] and not torch.equal(cache.states(["a cat"]), before)
 
 
 def test_states_of_another_dtype_are_others(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Latent codecs: streams equal whole videos, latents are those of the library, and what does not fit is told."""
 
+import copy
 import json
 import sys
 
@@ -82,12 +83,12 @@ def test_a_stream_of_latents_equals_the_whole(codec, pieces):
 def test_a_copied_stream_goes_on_alone(codec):
     latents, memory = normal(1, 3, 4, 2, 2), Memory()
     codec.decode(latents[:, :1], memory)
-    fork = memory.copy()
+    fork = copy.deepcopy(memory)
     codec.decode(-latents[:, 1:2], fork)
     codec.decode(latents[:, 1:2], memory)
     assert not torch.equal(codec.decode(latents[:, 2:], fork), codec.decode(latents[:, 2:], memory))
     assert fork.frames == memory.frames == 3
-    close(codec.decode(latents[:, 2:], memory.copy()), codec.decode(latents[:, 2:], memory), atol=0)
+    close(codec.decode(latents[:, 2:], copy.deepcopy(memory)), codec.decode(latents[:, 2:], memory), atol=0)
 
 
 def test_latents_carry_the_temporal_scale(codec, video):

@@ -35,10 +35,6 @@ class Memory:
     frames: int = 0
     """Latent frames so far."""
 
-    def copy(self) -> "Memory":
-        """A stream that goes on from here on its own."""
-        return Memory(list(self.features), self.frames)
-
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What of it are tensors, by names that begin with `name`; videos come first in each."""
         return {f"{name}.{n}": x for n, x in enumerate(self.features) if isinstance(x, Tensor)}

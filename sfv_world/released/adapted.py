@@ -11,7 +11,7 @@ video's first frame, so a parallel pass over a video and a stream are the same f
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -117,6 +117,11 @@ class AdaptedModel(nn.Module):
             self.register_buffer(name, torch.zeros(1, shape.txt_size, shape.txt_dim))
 
     @property
+    def identity(self) -> tuple[AdaptedConfig, str]:
+        """What decides, with the weights, which world it is: wherever the backbone lies, and in what it computes."""
+        return replace(self.config, backbone=""), str(self.flow.block(-1).layer_weight.dtype)
+
+    @property
     def flow(self) -> ReleasedFlow:
         """The backbone's."""
         return self.backbone.flow
@@ -174,6 +179,14 @@ class AdaptedModel(nn.Module):
         self._read(videos, frames, normal, controls)
         return ReleasedStream([videos]), None
 
+    def check_reading(self, stream: ReleasedStream) -> None:
+        """Raises a ValueError if frames of a row were imagined, which the encoder, that looks back in time, has not seen."""
+        if rows := sorted(row for videos in stream.parts if not videos.observed for row in videos.rows.tolist()):
+            raise ValueError(
+                f"state: expected rows all of whose frames were observed, since the codec looks back in time; got imagined ones in "
+                f"rows {rows}. Reset to the frames."
+            )
+
     def read_frame(
         self,
         stream: ReleasedStream,
@@ -187,15 +200,8 @@ class AdaptedModel(nn.Module):
         """Reads the frames of the next step.
 
         What is shown later follows them as they are or, `as_imagined`, as `show` then shows them, noised.
-
-        Raises:
-            ValueError: if frames of a row were imagined, which the encoder, that looks back in time, has not seen.
         """
-        if rows := sorted(row for videos in stream.parts if not videos.observed for row in videos.rows.tolist()):
-            raise ValueError(
-                f"state: expected rows all of whose frames were observed, since the codec looks back in time; got imagined ones in "
-                f"rows {rows}. Reset to the frames."
-            )
+        self._regroup(stream)
         given, reports = (frames, normal, controls[:, None]), []
         for videos in stream.parts:
             video, noise, told = (stream.of_part(videos, x) for x in given)
@@ -215,6 +221,7 @@ class AdaptedModel(nn.Module):
         Guidance moves it away from what the model says with neither the prompt nor any of the chunk's actions; `unguided` has no
         part in it.
         """
+        self._regroup(stream)
         reports = []
         for videos in stream.parts:
             z, told = (stream.of_part(videos, x) for x in (noise, controls))
@@ -270,11 +277,18 @@ class AdaptedModel(nn.Module):
         self, videos: Videos, noise: Float[Tensor, "b l c"], controls: Float[Tensor, "b m d"], decoding: DecodingConfig
     ) -> FrameReport:
         drawn = self._deep(videos, controls, decoding, decoding.guidance).draw(noise)
+        if decoding.guidance:  # every pass with prompt and actions goes with one without
+            drawn = drawn._replace(report=drawn.report._replace(sweeps=2 * drawn.report.sweeps))
         inverse = ShallowInverse(self.flow, self.codec.config.grid, decoding, videos.shallow)
         tokens, shallow = inverse(drawn.latents)
         videos.chunk.append(Past(tokens, drawn.latents, controls))
         videos.shallow, videos.observed = inverse.previous, False
         return _frame_report(drawn, shallow)
+
+    def _regroup(self, stream: ReleasedStream) -> None:
+        """Has videos go on together that came to the same place, where their chunks restart."""
+        if len(stream.parts) > 1 and any(len(videos.chunk) == self.config.chunk for videos in stream.parts):
+            stream.regroup()
 
     def _show(self, videos: Videos, clean_first: bool) -> UInt8[Tensor, "b time height width 3"]:
         tokens = videos.chunk[-1].tokens[:, None]

@@ -96,11 +96,12 @@ def whole_folder(path: Path, size: int) -> Iterator[Path]:
     Raises:
         ValueError: if there is something at `path`, or no room for `size` bytes.
     """
+    path = path.absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(
             f"{path}: expected a folder to make, found one that is there already. Remove it or give another."
         )
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    existing = next(parent for parent in path.parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < size:
         raise ValueError(
             f"{path}: expected room for {size:,} bytes, got {free:,} free. Make room or give another folder."

@@ -42,8 +42,9 @@ def codec_needs(codec: WanCodec | ImageCodec, height: int, width: int, size: int
 
 def available(device: torch.device) -> float:
     """Bytes that a device has free; on a CPU what can be had without swapping, or all there is, or infinity if none is told."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch has reserved for later, too
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

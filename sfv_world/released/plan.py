@@ -148,8 +148,12 @@ def sampling_needs(
     dtype: Literal["bfloat16", "float32"],
     guided: bool = False,
     devices: int = 1,
+    trained: int = 0,
 ) -> list[Need]:
-    """What drawing a chunk of latent frames, of so many pixels, and decoding it holds at once, on each of `devices`."""
+    """What drawing a chunk of latent frames, of so many pixels, and decoding it holds at once, on each of `devices`.
+
+    With `trained`, also what a step of training an adapter on so many clips keeps.
+    """
     side = codec.space * shape.patch_size
     rows, columns = height // side, width // side
     size = f"{frames} frames of {rows} x {columns} tokens"
@@ -159,6 +163,9 @@ def sampling_needs(
     if not shape.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
         kept = sum(shape.layers_per_block) * memory["activations of a parallel pass, about"]
         flow.append(Need("activations kept for the score, about", 1e9 * kept))
+    if trained:
+        kept = trained * shape.layers_per_block[-1] * memory["activations of a parallel pass, about"]
+        flow.append(Need("activations kept for training, about", 1e9 * kept))
     return flow + codec_needs(codec, height, width, getattr(torch, dtype).itemsize)
 
 

@@ -21,9 +21,8 @@ def grid_positions(frames: int, rows: int, columns: int, scale: int) -> Float[Te
 
 def text_positions(length: int, scale: int) -> Float[Tensor, "length 3"]:
     """Positions of text tokens, on the time axis, in float64."""
-    return torch.stack(
-        [torch.zeros(length), torch.zeros(length), torch.arange(length) / length * scale], dim=-1
-    ).double()
+    time = torch.arange(length).double() / length * scale
+    return torch.stack([torch.zeros_like(time), torch.zeros_like(time), time], dim=-1)
 
 
 @lru_cache(maxsize=8)

@@ -91,10 +91,10 @@ class DeepStream:
         if guidance and unconditional is None:
             raise ValueError(f"guidance {guidance} needs the states of the unconditional text, got none")
         self.flow, self.decoding = flow, decoding
-        turn = flow.turn(frames, grid, True, text.device)
-        read = None if state is None else state.block
-        twice = guidance > 0 or (read is not None and read.copies > 1)
-        both = torch.cat([text, unconditional]) if twice and unconditional is not None else text
+        turn, read = flow.turn(frames, grid, True, text.device), None if state is None else state.block
+        both = text
+        if read is None and guidance and unconditional is not None:
+            both = torch.cat([text, unconditional])
         self.block = BlockStream(flow.block(-1), len(text), turn, both, guidance, read)
         self.state = state or DeepState(self.block.state)
 
@@ -265,7 +265,7 @@ def clean(
     if flow.learnable_self_denoiser is not None:
         with torch.no_grad():
             return flow.denoise(tokens, text, grid)
-    with torch.enable_grad():
-        x = tokens.detach().requires_grad_()
-        (score,) = torch.autograd.grad(flow(x, text, grid, told).log_prob.sum(), x)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = tokens.detach().clone().requires_grad_()
+        (score,) = torch.autograd.grad(flow(x, text.clone(), grid, told).log_prob.sum(), x)
     return tokens + noise**2 * score

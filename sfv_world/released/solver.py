@@ -57,9 +57,9 @@ class BlockStream:
         state: BlockState | None = None,
     ):
         self.block, self.turn, self.guidance = block, turn, guidance
-        self.copies = 1 if text is None else len(text) // rows
         self.told: Sequence[Told] = ()
         """What an adapter adds to the attention of the slots to come, layer by layer; nothing if it is empty."""
+        self.copies = state.copies if state is not None else 1 if text is None else len(text) // rows
         if state is None:
             cache = block.new_cache(self.copies * rows, len(turn))
             self.state = BlockState(cache, block.sos_embed.expand(rows, -1, -1))
@@ -155,8 +155,9 @@ def solve(
             sweeps += active
             if count == 1:  # a lone token's fields do not depend on it: it is exact at once
                 tokens[:, at] = fields.denormalise(wanted)
-                break
             error = (fields.normalise(tokens[:, at])[0] - wanted).abs().amax(dim=(1, 2))
+            if count == 1:
+                break
             active = active & ~(error < tolerance)  # NaN is never below and goes on to the limit
             if sweep == limit or not active.any():
                 break

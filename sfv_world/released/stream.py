@@ -90,7 +90,8 @@ class Videos:
         cache = new_cache(keys.shape[1])
         cache.fill(keys, values)
         deep = DeepState(BlockState(cache, previous.tokens[:, -1:]), previous)
-        chunk = [Past(*parts) for parts in zip(*(tensors[name].unbind(1) for name in Past._fields), strict=True)]
+        pasts = ([x.clone() for x in tensors[name].unbind(1)] for name in Past._fields)  # a view would pickle the whole
+        chunk = [Past(*parts) for parts in zip(*pasts, strict=True)]
         count = sum(name.startswith("shallow.") and name.endswith(".mu") for name in tensors)
         shallow = {index: Stage.of(tensors, f"shallow.{index}") for index in range(count)}
         seen, shown = (Memory.of(tensors, name, outline[name]) for name in ("seen", "shown"))
@@ -160,8 +161,13 @@ class ReleasedStream:
                 parts.append(videos)
             elif len(stay):
                 parts.append(videos.select(stay, videos.rows[stay]))
+        self.parts = parts
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Puts videos together that are at the same place."""
         together: dict[Hashable, list[Videos]] = {}
-        for videos in parts:
+        for videos in self.parts:
             together.setdefault(videos.place, []).append(videos)
         self.parts = [first.join(others) for first, *others in together.values()]
 

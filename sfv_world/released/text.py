@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfv_world.checkpoint import load_tensors, save_tensors
-from sfv_world.pretrained import import_extra, load_network, read_config, weights
+from sfv_world.pretrained import import_extra, load_network, read_config
 
 RATIOS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
 
@@ -91,7 +91,8 @@ def load_text_encoder(
 class PromptCache:
     """States of prompts on disk, so that the encoder, larger than a prompt by far, is loaded for new prompts alone.
 
-    Files are named by prompt, length, encoder and what it computes in: another encoder in the same folder has other states.
+    Files are named by prompt, length, what the encoder computes in and its files, as they were last changed: another encoder in
+    the same folder has other states.
     """
 
     encoder: Path
@@ -126,7 +127,8 @@ class PromptCache:
 
     def path(self, prompt: str) -> Path:
         """The file of a prompt's states."""
-        sizes = [(path.name, path.stat().st_size) for path in weights(self.encoder)]
-        encoder = [read_config(self.encoder, "a T5 encoder"), sizes, str(self.dtype)]
+        files = [(path.name, path.stat()) for path in sorted(self.encoder.iterdir())]
+        seen = [(name, about.st_size, about.st_mtime_ns) for name, about in files]
+        encoder = [read_config(self.encoder, "a T5 encoder"), seen, str(self.dtype)]
         about = json.dumps([prompt, self.length, *encoder], sort_keys=True)
         return self.folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"

@@ -14,9 +14,9 @@ FPS = 16
 
 
 def adapt(
-    folder: Path, out: Path, episodes: Episodes, *, prompt: str, noise: float | None, clip: int, device: str
+    folder: Path, out: Path, episodes: Episodes, *, prompt: str, noise: float | None, clip: int, batch: int, device: str
 ) -> AdaptedModel:
-    """A model on the released one in `folder`, its adapter not trained yet. Nothing is loaded before all is known to fit.
+    """A model on the released one in `folder`, its adapter not trained yet. Nothing is loaded before it is known to fit.
 
     Args:
         folder: made by `sfv-world convert`, with the VAE in `vae` and the T5 encoder in `text_encoder`.
@@ -25,6 +25,7 @@ def adapt(
         prompt: what the model is told to show.
         noise: standard deviation of the noise on latents; none: that of the published models.
         clip: frames of a clip.
+        batch: clips that a step is trained on here.
         device: where to load it.
 
     Raises:
@@ -50,9 +51,11 @@ def adapt(
         )
     if (out / CONFIG).exists() and (before := read_world(out, AdaptedConfig)[0]) != config:
         raise ValueError(f"resume: expected what the run in {out} began with, {before}, got {config}.")
+    latent_frames = 1 + (clip - 1) // codec.time
+    Backbone.check(folder, height, width, device, latent_frames, trained=batch)
     texts = [format_prompt(text, config.noise, height, width, round(episodes.fps or FPS)) for text in (prompt, "")]
     states = load_text_encoder(encoder, shape.txt_size, device)(texts)
-    backbone = Backbone.load(folder, height, width, device, frames=1 + (clip - 1) // codec.time)
+    backbone = Backbone.load(folder, height, width, device, latent_frames)
     model = AdaptedModel(config, episodes.action_space, backbone).to(device)
     model.text.copy_(states[:1])
     model.unconditional.copy_(states[1:])

@@ -68,7 +68,7 @@ class Trainer(Run):
         torch.manual_seed(config.seed)
         model = adapt(
             config.init, config.out, self.train, prompt=config.prompt, noise=config.noise, clip=config.clip,
-            device=config.device,
+            batch=config.batch // self.group.size, device=config.device,
         )  # fmt: skip
         clip = 1 + (config.clip - 1) // model.codec.time * model.codec.time
         self.config = replace(config, noise=model.config.noise, clip=clip)
