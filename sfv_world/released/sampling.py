@@ -88,13 +88,13 @@ class DeepStream:
         decoding: SolverConfig = SEQUENTIAL,
         state: DeepState | None = None,
     ):
-        if guidance and unconditional is None:
-            raise ValueError(f"guidance {guidance} needs the states of the unconditional text, got none")
-        self.flow, self.decoding = flow, decoding
         turn, read = flow.turn(frames, grid, True, text.device), None if state is None else state.block
         both = text
         if read is None and guidance and unconditional is not None:
             both = torch.cat([text, unconditional])
+        elif guidance and (read is None or read.copies == 1):
+            raise ValueError(f"guidance {guidance} needs the states of the unconditional text, got none")
+        self.flow, self.decoding = flow, decoding
         self.block = BlockStream(flow.block(-1), len(text), turn, both, guidance, read)
         self.state = state or DeepState(self.block.state)
 
