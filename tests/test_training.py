@@ -276,6 +276,17 @@ def test_a_run_whose_state_is_damaged_is_told(config):
         train(replace(config, steps=9, resume=True))
 
 
+def test_a_run_of_before_an_option_was_there_goes_on(config):
+    train(config)
+    state = json.loads((config.out / STATE).read_text())
+    del state["config"]["objective"]["rare_weight"], state["config"]["busy"]
+    (config.out / STATE).write_text(json.dumps(state))
+    train(replace(config, steps=config.steps + 1, resume=True))
+    changed = replace(config, steps=config.steps + 2, resume=True, objective=ObjectiveConfig(rare_weight=1.0))
+    with pytest.raises(ValueError, match="resume: expected the configuration of the run.*objective"):
+        train(changed)
+
+
 def test_validation_weighs_as_training_does(config):
     objective = ObjectiveConfig(motion_weight=0.0, errors=1.0, imagined=1.0, action_dropout=0.5)
     found = Trainer(replace(config, objective=objective)).validate()

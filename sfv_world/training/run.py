@@ -203,10 +203,14 @@ class Run(ABC):
                 f"out: expected a new folder, found {', '.join(others[:3])} in {config.out}. Name another."
             )
 
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it continues."""
-        config = TypeAdapter(type(self.config)).dump_python(self.config, mode="json")
-        return {name: value for name, value in config.items() if name not in self.FREE}
+    def _identity(self, **before: Any) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues: its own, or that of a run that said `before` of itself.
+
+        An option that there was not yet then is as it is here, or, of the objective, as it is by default.
+        """
+        config = TypeAdapter(type(self.config))
+        known = config.validate_python({**config.dump_python(self.config, mode="json"), **before})
+        return {name: value for name, value in config.dump_python(known, mode="json").items() if name not in self.FREE}
 
     def _reached(self) -> dict[str, Any]:
         """What the run that is resumed said of itself."""
@@ -232,7 +236,7 @@ class Run(ABC):
 
     def _load(self) -> None:
         reached, now = self._reached(), self._identity()
-        before = {"episodes": now["episodes"], **reached["config"]}  # runs begun earlier do not say
+        before = self._identity(**reached["config"])
         if before != now:
             names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
             changed = {name: (before.get(name), now.get(name)) for name in names}
