@@ -144,9 +144,7 @@ Measured by `sfv-world evaluate --world {shlex.quote(name)} --data {shlex.quote(
 
 def _name(world: World) -> str:
     """What a world is called: a shipped one by its name, others by their folders, from here if they are below."""
-    if world.folder is None:
-        return world.name
-    if world.folder.parent.samefile(SHIPPED):
+    if world.folder is None or world.folder.parent.samefile(SHIPPED):
         return world.name
     here = Path.cwd()
     return str(world.folder.relative_to(here) if world.folder.is_relative_to(here) else world.folder)

@@ -335,8 +335,9 @@ class World:
             noise = self._noise(row_seeds, start.ages + n, 1)
             reports.append(self.model.read_frame(stream, step, *noise, controls, as_imagined=True))
             shown.append(self.model.show(stream, reports[-1].features, False).reshape(step.shape))
-        noises, log_prob = (torch.stack([report[part] for report in reports], dim=1) for part in (1, 0))
-        return Abduction(start, noises, torch.cat(shown, dim=1), log_prob.sum(-1) + self.model.codec.log_det)
+        found = torch.stack([report.noise for report in reports], dim=1)
+        log_prob = torch.stack([report.log_prob for report in reports], dim=1)
+        return Abduction(start, found, torch.cat(shown, dim=1), log_prob.sum(-1) + self.model.codec.log_det)
 
     @untracked
     def at_clock(self, state: WorldState, clock: int) -> WorldState:
