@@ -184,7 +184,7 @@ def counterfactual(config: CounterfactualConfig) -> Path:
     )
     held = min(config.hold, seen.shape[1] - config.change_at)
     print(f"other actions: {', '.join(map(str, others))} for {held} frames from {config.change_at} on")
-    return _write(config, clips.frames[:, config.context :], films[0], films[1], held_out.fps or 8.75)
+    return _write(config, clips.frames[:, config.context :], films[0], films[1], world.fps)
 
 
 def _others(space: gym.Space[Any], after: Actions, wanted: Any, config: CounterfactualConfig) -> list[Any]:

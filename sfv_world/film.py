@@ -79,7 +79,7 @@ def compare(world: World, episodes: Episodes, path: Path, rows: int = 4, frames:
     clips = long_clips(episodes, rows, context + frames)
     found = imagine(world, clips, context)
     pairs = np.stack([found.imagined, clips.frames[:, context:]], axis=1)
-    write_video(path, rearrange(pairs, "b two n h w c -> n (two h) (b w) c"), episodes.fps or 8.75)
+    write_video(path, rearrange(pairs, "b two n h w c -> n (two h) (b w) c"), episodes.fps or world.fps)
     sheet = rearrange(pairs[:, :, :: max(1, frames // 12)], "b two n h w c -> (b two h) (n w) c")
     write_image(path.with_suffix(".png"), sheet)
 
