@@ -1,4 +1,4 @@
-"""A recording of made-up episodes and a world that says it was trained on it, for commands that need both."""
+"""A recording of made-up episodes, a world that says it was trained on it, and whether two recordings are the same."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
 from sfv_world.checkpoint import CONFIG
+from sfv_world.data.clips import Episodes
 
 LENGTHS = (14, 17, 12, 20, 13, 16, 15, 18)
 
@@ -48,3 +49,9 @@ def trained(world: Path, folder: Path, held_out: float = 0.5) -> Path:
     config["about"]["training"] = {"held_out": held_out, "seed": 0}
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
+
+
+def assert_same(a: Episodes, b: Episodes) -> None:
+    """Raises an AssertionError unless both are the same recording."""
+    for name in ("frames", "actions", "rewards", "terminations", "repeated", "starts"):
+        np.testing.assert_equal(getattr(a, name), getattr(b, name), err_msg=name)

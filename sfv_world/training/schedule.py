@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from sfv_world.given import DEVICE
+from sfv_world.given import DEVICE, check_seed
 
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(
@@ -17,7 +17,6 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
         ("more than 0", lambda value: 0 < value < math.inf),
     ),
     **dict.fromkeys(("validate_minutes", "weight_decay"), ("at least 0", lambda value: value >= 0)),
-    "seed": ("0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
     "ema": ("at least 0 and less than 1", lambda value: 0 <= value < 1),
     "held_out": ("more than 0 and less than 1", lambda value: 0 < value < 1),
 }
@@ -71,6 +70,7 @@ class RunConfig:
             value = getattr(self, name, None)
             if value is not None and not fits(value):
                 raise ValueError(f"{name}: expected {expected}, got {value}.")
+        check_seed(self.seed)
 
 
 def progress(config: RunConfig, step: int, elapsed: float) -> float:
