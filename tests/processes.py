@@ -5,6 +5,7 @@ PLAN lists [processes, runs]. A run is the fields of a `TrainConfig`; `stop` lea
 process tells it. The processes are forked, so that they need not import everything again.
 """
 
+import faulthandler
 import json
 import os
 import socket
@@ -68,7 +69,8 @@ def train(options: dict[str, Any], group: Group) -> str:
 
 
 def process(rank: int, size: int, port: int, runs: list[dict[str, Any]], files: list[Path]) -> None:
-    """One process of `size`, as `torchrun` would start it."""
+    """One process of `size`, as `torchrun` would start it; it says where it was if it crashes."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
