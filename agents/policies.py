@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import secrets
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,8 +56,7 @@ class HeldRandomPolicy:
             raise ValueError(f"hold: expected 1 <= least <= greatest number of steps, got {hold}.")
         self._space = copy.deepcopy(action_space)
         self._hold, self._stride = hold, stride
-        self._rng = np.random.default_rng()
-        self.reset(seed)
+        self.reset(secrets.randbits(63) if seed is None else seed)
 
     def reset(self, seed: int | None = None) -> None:
         if seed is not None:

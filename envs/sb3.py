@@ -46,17 +46,17 @@ class WorldVecEnv(VecEnv):
         self._actions: np.ndarray | None = None
 
     def reset(self) -> VecEnvObs:
-        """Resets all rows, with the seeds and options that were set."""
+        """Resets all rows, with the seeds and options that were set; if they are refused, they stay set."""
         seed = None if all(seed is None for seed in self._seeds) else list(self._seeds)
         given: list[dict[str, Any]] = [option or {} for option in self._options]
         options: dict[str, Any] = {}
-        self._reset_seeds()
-        self._reset_options()
         if any(given):
             if any(option.keys() != given[0].keys() for option in given):
                 raise ValueError("options: expected the same keys for every row, or none.")
             options = {name: np.stack([option[name] for option in given]) for name in given[0]}
         frames, _ = self.envs.reset(seed=seed, options=options)
+        self._reset_seeds()
+        self._reset_options()
         self.reset_infos = [{} for _ in range(self.num_envs)]
         return frames
 
@@ -93,19 +93,24 @@ class WorldVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Sets an attribute of the batch; rows cannot differ."""
-        if len(list(self._get_indices(indices))) != self.num_envs:
-            raise ValueError(f"indices: expected all rows, which share {attr_name!r}, got {indices!r}.")
+        self._check_all(attr_name, indices)
         setattr(self.envs, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Calls a method for rows: `save_state()` of each, `restore_state(state)` in each, others once for the batch."""
+        """Calls a method for rows: `save_state()` of each, `restore_state(state)` in each, others once for all rows together."""
         rows: Sequence[int] = list(self._get_indices(indices))
         if method_name in ("save_state", "restore_state"):
             method = getattr(self.envs, method_name)
             return [method(*method_args, rows=[row], **method_kwargs) for row in rows]
+        self._check_all(method_name, indices)
         return [getattr(self.envs, method_name)(*method_args, **method_kwargs)] * len(rows)
+
+    def _check_all(self, name: str, indices: VecEnvIndices) -> None:
+        """Raises a ValueError if not all rows are meant."""
+        if len(list(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"indices: expected all rows, which share {name!r}, got {indices!r}.")
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """Rows have no wrappers of their own."""

@@ -124,6 +124,16 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         self._pending: Fetch | None = None
         self._generators = [seeding.np_random()[0] for _ in range(num_envs)]
 
+    @property  # type: ignore[misc]  # as Gymnasium's own vector envs do
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """What seeds each row's episodes."""
+        return tuple(self._generators)
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed of each row's generator."""
+        return tuple(generator.bit_generator.seed_seq.entropy for generator in self._generators)  # type: ignore[attr-defined]
+
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begins episodes at observed frames.
 
@@ -175,7 +185,11 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(
                 f"actions: expected those of {self.num_envs} rows, of {self.single_action_space}, got None."
             )
-        self._state, output = self.world.step(state, actions)
+        try:
+            self._state, output = self.world.step(state, actions)
+        except BaseException:
+            self._state = None if state.spent else state  # interrupted halfway, the episodes are lost
+            raise
         self._settle()  # as late as possible: the device says how the step before ended while this one is prepared
         self._steps += 1
         resetting, acting = self._ended, ~self._ended
@@ -189,10 +203,10 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             self._settle()
             ended = self._ended.copy()
-            info = self._info(output, ~ended)
+            info = self._info(output, acting & ~ended)
             if ended.any():
                 info |= self._final(output, ended)
-            self._begin(np.flatnonzero(ended))
+            self._begin(np.flatnonzero(ended | resetting))
         else:
             info = self._info(output, acting)
             self._begin(np.flatnonzero(resetting))
@@ -267,7 +281,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             raise ValueError(
                 f"options: expected 'frames' with 'actions', 'reset_mask', or none of them, got {sorted(options)}."
             )
-        mask = to_host(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        mask = to_host(options.get("reset_mask", np.ones(self.num_envs, bool)), "reset_mask")
         if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
             raise ValueError(
                 f"reset_mask: expected ({self.num_envs},) bool with at least one True, got {mask.dtype} {mask.shape}."
@@ -284,7 +298,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
                 raise ValueError(f"{name}: expected those of {self.num_envs} rows, got shape {array.shape}.")
             return array[mask]
 
-        frames, actions = masked("frames", to_host(options["frames"])), options.get("actions")
+        frames, actions = masked("frames", to_host(options["frames"], "frames")), options.get("actions")
         if actions is not None:
             actions = map_actions(partial(masked, "actions"), self.single_action_space, actions)
         return mask, (frames, actions)
@@ -323,7 +337,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         if self._pending is not None:
             (terminated, certificates), self._pending = self._pending.wait(), None
             self._ended |= terminated
-            warn_if_unconverged(certificates, self.world.decoding.tolerance, stacklevel=4)
+            warn_if_unconverged(certificates, self.world, stacklevel=4)
 
     def _current(self, name: str) -> WorldState:
         if self._state is None:

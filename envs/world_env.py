@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from gymnasium.error import ResetNeeded
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sfv_world.control.spaces import map_actions
+from sfv_world.control.spaces import flatten_actions, map_actions
 from sfv_world.given import given_frames
 from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
 from sfv_world.transfer import Fetch
 from sfv_world.world import World
+
+if hasattr(os, "register_at_fork"):  # as Gymnasium's AsyncVectorEnv does, by default
+    # Torch's other threads stay behind in the parent; whoever gave them work in the child would wait for ever.
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 ENLARGED = 8
 """Side of a pixel in the window of render mode "human"."""
@@ -74,7 +79,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         device: where to load the world, by default the CPU; a `World` stays where it is.
         dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
         render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step, if there is a display.
-        decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise) to set.
+        decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise) to set; block,
+            max_sweeps and draft change nothing where no sweeps are needed (`World.direct`), as in the shipped worlds.
 
     Raises:
         ValueError: if there is no such world or an argument is out of range.
@@ -151,16 +157,19 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         state = self._current("step")
         if self._terminated:
             raise ResetNeeded("step: expected an episode that goes on, got one that has ended. Call reset() first.")
-        if action is None:  # which a world takes for an unknown one
-            raise ValueError(f"actions: expected one of {self.action_space}, got None.")
-        self._state, output = self.world.step(state, _one(self.action_space, action))
+        flatten_actions(self.action_space, action, (), "action")  # says what is wrong with it as it was given
+        try:
+            self._state, output = self.world.step(state, _one(self.action_space, action))
+        except BaseException:
+            self._state = None if state.spent else state  # interrupted halfway, the episode is lost
+            raise
         told = step_info(output)
         fetch = Fetch(
             [self._state.frames, output.reward.double(), output.terminated, output.certificate, *told.values()]
         )
         (frame,), (reward,), (terminated,), certificates, *values = fetch.wait()
         self._terminated = bool(terminated)
-        warn_if_unconverged(certificates, self.world.decoding.tolerance, stacklevel=3)
+        warn_if_unconverged(certificates, self.world, stacklevel=3)
         info = {name: value.item() for name, value in zip(told, values, strict=True)}
         self._show()
         return frame, float(reward), self._terminated, False, info
@@ -239,6 +248,9 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         actions = options.get("actions")
         if actions is None or (frames.shape[1] == 1 and np.ndim(actions) > 0 and len(actions) == 0):
             return frames, None
+        flatten_actions(
+            self.action_space, actions, (frames.shape[1] - 1,)
+        )  # says what is wrong with them as they were given
         return frames, _one(self.action_space, actions)
 
 
@@ -285,16 +297,17 @@ def step_info(output: WorldOutput) -> dict[str, Tensor]:
     }
 
 
-def warn_if_unconverged(certificates: Float[np.ndarray, "b"], tolerance: float, stacklevel: int) -> None:
+def warn_if_unconverged(certificates: Float[np.ndarray, "b"], world: World, stacklevel: int) -> None:
     """Warns of frames whose decoding stopped before they were what was asked for; never silently."""
-    worst = certificates.max()  # NaN, if there is one
+    worst, tolerance = certificates.max(), world.decoding.tolerance  # NaN, if there is one
     if worst <= tolerance:
         return
     if np.isfinite(worst):
-        said = (
-            "Decoding stopped before the frame converged: its log-likelihood is exact, but it is not quite a sample. "
-        )
-        said += "Raise max_sweeps."
+        said = "The frame's log-likelihood is exact, but it is not quite a sample: "
+        if world.direct:
+            said += "what is left is rounding. Raise the tolerance, or lower the temperature."
+        else:
+            said += "decoding stopped before it converged. Raise max_sweeps."
     else:
         said = "The frame is not finite, and nothing that is said of it holds. Lower the temperature, or guide less."
     warnings.warn(

@@ -15,7 +15,7 @@ from sfv_world.agents.policies import HeldRandomPolicy
 from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
-from sfv_world.film import write_animation, write_image, write_video
+from sfv_world.film import check_film, write_animation, write_image, write_video
 from sfv_world.given import DEVICE, check_counts, check_seed
 from sfv_world.loading import load_world
 
@@ -73,6 +73,7 @@ def demo(config: DemoConfig) -> Path:
             f"env: expected one with the actions of {world.name}, {world.action_space}, got {name!r} with {real.action_space}. "
             "Give the environment that the world learned from."
         )
+    check_film(2 * height, config.episodes * width)
     config.out.mkdir(parents=True, exist_ok=True)
     steps = config.context + config.frames
     recording = CollectConfig(env=name, out=config.out, seed=config.seed, max_episode_steps=steps)
@@ -85,6 +86,7 @@ def demo(config: DemoConfig) -> Path:
         frames, actions = np.asarray(episode.observations), episode.actions
         last = len(frames) - 1
         if last <= config.context:
+            print(f"episode {index} is left out: {last} frames, no more than the world observes first (--context)")
             continue
         pairs.append((_imagine(env, frames, actions, config, index, last), frames[config.context : last]))
     real.close()
@@ -95,7 +97,7 @@ def demo(config: DemoConfig) -> Path:
     side_by_side = rearrange(film, "e two n h w c -> n (two h) (e w) c")
     write_video(config.out / "demo.mp4", side_by_side, world.fps)
     write_animation(config.out / "demo.webp", side_by_side, world.fps)
-    chosen = film[:, :, np.linspace(0, config.frames - 1, 16).astype(int)]
+    chosen = film[:, :, np.unique(np.linspace(0, config.frames - 1, 16).astype(int))]
     write_image(config.out / "demo.png", rearrange(chosen, "e two n h w c -> (e two h) (n w) c"))
     print(f"wrote demo.mp4, demo.webp and demo.png in {config.out}: imagined above, real below")
     return config.out

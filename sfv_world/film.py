@@ -105,7 +105,7 @@ def check_film(height: int, width: int) -> None:
     """Raises a ValueError if a film of such frames cannot be written; films are enlarged at least twice, to even sides."""
     if 2 * max(height, width) > LARGEST:
         raise ValueError(
-            f"film: expected frames of at most {LARGEST // 2} pixels a side, got {height} x {width}. Show fewer rows."
+            f"film: expected frames of at most {LARGEST // 2} pixels a side, got {height} x {width}. Show fewer rows or episodes."
         )
 
 

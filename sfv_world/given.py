@@ -126,7 +126,7 @@ def given_seeds(seeds: Any, rows: int) -> Int[np.ndarray, "b"]:
     """
     if rows < 1:
         raise ValueError("seeds: expected one for every row, and at least one row, got none.")
-    array = np.arange(rows) if seeds is None else np.atleast_1d(to_host(seeds))
+    array = np.arange(rows) if seeds is None else np.atleast_1d(to_host(seeds, "seeds"))
     if array.shape != (rows,) or array.dtype.kind not in "iu" or ((array < 0) | (array >= 2**63)).any():
         raise ValueError(f"seeds: expected {rows} integers from 0 to 2**63 - 1, one per row, got {seeds!r}.")
     return array.astype(np.int64)

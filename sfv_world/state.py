@@ -131,9 +131,22 @@ class WorldState:
 
     @torch.inference_mode(False)
     def put(self, rows: Int[np.ndarray, "n"], other: "WorldState") -> None:
-        """Replaces the given rows by those of `other`, a state of the same world and clock that is used up by it, in place."""
+        """Replaces the given rows by those of `other`, a state of the same world and clock that is used up by it, in place.
+
+        Raises:
+            ValueError: if a state was used up, they do not go together, or rows are not as many as `other` has, or named twice;
+                nothing has changed then.
+        """
         for state in (self, other):
             state.check()
+        expected, got = ((state.world, state.clock, state.held is not None) for state in (self, other))
+        if got != expected:
+            raise ValueError(
+                f"state: expected one of the same world, clock and look-ahead {expected}, got {got}. Make it with the world that "
+                "made these rows, decoding alike, at their clock (`World.at_clock`)."
+            )
+        if not len(np.unique(rows)) == len(rows) == len(other):
+            raise ValueError(f"rows: expected {len(other)} different ones, as the state has, got {rows.tolist()}.")
         other.spent = True
         places = to_device(rows, self.frames.device)
         self.stream.put(places, other.stream)

@@ -20,9 +20,18 @@ def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def to_host(values: Any) -> np.ndarray:
-    """An array of a tensor on any device, or of what NumPy makes one of; shared if it is one on the host already."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def to_host(values: Any, name: str) -> np.ndarray:
+    """An array of a tensor on any device, or of what NumPy makes one of; shared if it is one on the host already.
+
+    Raises:
+        ValueError: if they make none; it calls them by their name.
+    """
+    if isinstance(values, Tensor):
+        return values.detach().cpu().numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected an array, got lists that make none ({error}).") from error
 
 
 class Fetch:

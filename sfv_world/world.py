@@ -162,6 +162,12 @@ class World:
                 denoiser.compile(dynamic=False)
         return self
 
+    @property
+    def direct(self) -> bool:
+        """Whether a frame takes a fixed number of passes; else it takes sweeps, as many as it needs to converge."""
+        flow = self.model.flow
+        return isinstance(getattr(flow, "shallow", None), BandFlow) and flow.config.kind == "frame-parallel"
+
     def recorded(self) -> "World":
         """This world, its steps recorded as CUDA graphs: each is one launch instead of some hundred; the same to rounding.
 
@@ -171,8 +177,7 @@ class World:
         Raises:
             ValueError: if the world is on no CUDA device, or a frame takes sweeps, as many as it needs.
         """
-        shallow = getattr(self.model.flow, "shallow", None)
-        if not isinstance(shallow, BandFlow) or self.model.flow.config.kind != "frame-parallel":
+        if not self.direct:
             raise ValueError(
                 "recorded: expected a frame-parallel world whose shallow flow goes in bands, got "
                 f"{self.name}, whose frames take sweeps."
@@ -190,7 +195,7 @@ class World:
         """
         self._check_own(state)
         metadata = {"world": str(self.checksum), "clock": str(state.clock)}
-        save_tensors(Path(path), state.tensors(), metadata)
+        save_tensors(Path(path), state[:].tensors(), metadata)  # a copy shares nothing within itself, as files must not
 
     def load_state(self, path: str | Path) -> WorldState:
         """Reads what `save_state` wrote.
@@ -257,7 +262,7 @@ class World:
 
         Args:
             state: where the rows stand; used up.
-            actions: an action per row; None where the model shall not know of one.
+            actions: an action per row; None if the model shall know of none.
             noise: (B, L, C) float32 to decode as it is, whatever the temperature; the rows' own draw if not given.
             held: whether each action is held for all frames of the step; else they are B x `time`, one for each frame.
 

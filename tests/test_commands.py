@@ -108,7 +108,7 @@ def test_the_command_on_a_card_makes_the_run_of_the_card():
 def test_demo_steps_and_films(world):
     out = run("demo", "--world", "world", "--episodes", 2, "--frames", 5, "--context", 3, "--out", "demo", cwd=world)
     assert "log-likelihood" in out.stdout + out.stderr
-    assert cv2.imread(str(world / "demo/demo.png")).shape == (2 * 2 * 16, 16 * 16, 3)
+    assert cv2.imread(str(world / "demo/demo.png")).shape == (2 * 2 * 16, 5 * 16, 3)
     with av.open(str(world / "demo/demo.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == 5
     read, animation = cv2.imreadanimation(str(world / "demo/demo.webp"))
@@ -158,7 +158,7 @@ def test_demo_shows_any_world_beside_the_environment_it_is_given(acted, tmp_path
     ):
         demo(config)
     demo(replace(config, env="Acted-v0"))
-    assert cv2.imread(str(tmp_path / "demo.png")).shape == (2 * 2 * 16, 16 * 24, 3)
+    assert cv2.imread(str(tmp_path / "demo.png")).shape == (2 * 2 * 16, 4 * 24, 3)
     with av.open(str(tmp_path / "demo.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == 4
 
@@ -191,6 +191,7 @@ training = partial(TrainConfig, Path("data"), Path("world"), steps=1, device="cp
             ("demo", "--world", "world", "--env", "doom-takecover"),
             "env: expected one with the actions of world, Discrete(4)",
         ),
+        (("demo", "--world", "world", "--episodes", 600), "film: expected frames of at most 8191"),
         (("evaluate", "--world", "world", "--data", "data", "--context", 900), "context: expected at most "),
         (("evaluate", "--world", "world", "--data", "data", "--out", "data/metadata.json/a"), "out: expected a folder"),
         (("convert", "world/config.json", "--out", "world/config.json"), "out: expected a folder"),

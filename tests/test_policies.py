@@ -49,6 +49,12 @@ def test_seed_decides_everything() -> None:
     assert space.np_random.bit_generator.state == state, "the environment's own generator is left alone"
 
 
+def test_policies_without_seeds_have_nothing_in_common() -> None:
+    space = spaces.Discrete(1000, seed=0)
+    draws = [[policy(None) for _ in range(9)] for policy in (HeldRandomPolicy(space, (1, 1)) for _ in range(2))]
+    assert draws[0] != draws[1]
+
+
 def test_reset_without_seed_goes_on() -> None:
     policy = HeldRandomPolicy(spaces.Box(0, 1), hold=(9, 9), seed=0)
     first = policy(None)

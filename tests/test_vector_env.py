@@ -210,6 +210,43 @@ def test_memory_is_constant_and_time_does_not_run_out(tiny_world):
     assert (envs._state.stream.cache.keys.data_ptr(), envs._state.stream.cache.keys.shape) == (place, size)
 
 
+def test_rows_tell_their_seeds_and_generators_as_gymnasiums_own_do(tiny_world):
+    envs = WorldVectorEnv(ROWS, world=tiny_world)
+    expected = SyncVectorEnv([lambda: WorldEnv(tiny_world)] * ROWS)
+    for each in (envs, expected):
+        each.reset(seed=5)
+    assert envs.np_random_seed == expected.np_random_seed == (5, 6, 7)
+    assert [rng.random() for rng in envs.np_random] == [rng.random() for rng in expected.np_random]
+
+
+def test_a_row_that_ended_elsewhere_begins_anew_in_the_next_step(tiny_world):
+    ended = WorldVectorEnv(ROWS, world=tiny_world, max_episode_steps=2)
+    ended.reset(seed=0)
+    play(ended, 2)
+    envs = WorldVectorEnv(ROWS, world=tiny_world, max_episode_steps=2, autoreset_mode="SameStep")
+    envs.reset(seed=1)
+    envs.restore_state(ended.save_state([1]), rows=[1])
+    _, rewards, terminated, truncated, info = play(envs, 1)[0]
+    assert not truncated.any() and rewards[1] == 0 and not terminated[1]
+    assert info["_log_likelihood"].tolist() == [not terminated[0], False, not terminated[2]]
+    assert play(envs, 2)[1][3][1], "the new episode has two steps, as any other"
+
+
+def test_an_interrupted_step_ends_the_episodes(tiny_world, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    envs = WorldVectorEnv(ROWS, world=tiny_world)
+    envs.reset(seed=0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(envs.world, "_next", interrupted)
+        play(envs, 1)
+    with pytest.raises(ResetNeeded, match=r"Call reset\(\) first"):
+        play(envs, 1)
+    envs.reset(seed=0)
+    play(envs, 1)
+
+
 def test_seeds_are_integers_of_any_kind(tiny_world):
     envs = WorldVectorEnv(ROWS, world=tiny_world)
     expected = envs.reset(seed=[4, 5, 6])[0], envs.step(np.zeros(ROWS, int))[0]

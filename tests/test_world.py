@@ -247,6 +247,21 @@ def test_rows_put_into_a_state_go_on_as_they_would_have(tiny_world):
         assert torch.allclose(output.log_likelihood[[0, 3]], other.log_likelihood, atol=1e-2)
 
 
+def test_rows_are_put_only_where_they_belong(tiny_world, build_world):
+    state = tiny_world.start([0, 1, 2])
+    ahead = tiny_world.with_decoding(denoise="lookahead")
+    for rows, other, message in (
+        ([0], load_world(build_world(seed=9)).start([5], state.clock), "state: expected one of the same world"),
+        ([0], ahead.start([5], state.clock), "state: expected .* look-ahead"),
+        ([0], tiny_world.start([5], state.clock + 1), "state: expected .* clock"),
+        ([0, 1], tiny_world.start([5], state.clock), r"rows: expected 1 different ones, .*, got \[0, 1\]"),
+        ([1, 1], tiny_world.start([5, 6], state.clock), r"rows: expected 2 different ones, .*, got \[1, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            state.put(np.array(rows), other)
+        assert not other.spent and state.seeds.tolist() == [0, 1, 2]
+
+
 def test_frames_given_are_not_shared(tiny_world):
     given = torch.from_numpy(VIDEO[:, 1].copy())
     state, output = tiny_world.observe(tiny_world.reset(VIDEO[:, :1]), None, given)
@@ -402,14 +417,20 @@ assert (found.certificate <= 1e-3).all() and torch._dynamo.utils.counters["stats
         load_world(build_world("autoregressive")).compiled()
 
 
-def test_a_state_is_saved_to_a_file_and_goes_on_bit_for_bit(tiny_world: World, build_world, tmp_path: Path) -> None:
-    state = tiny_world.start([3, 4])
-    state, _ = tiny_world.step(state, [0, 1])
-    tiny_world.save_state(state, tmp_path / "state.safetensors")
-    again = tiny_world.load_state(tmp_path / "state.safetensors")
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("denoise", ["none", "lookahead"])
+def test_a_state_is_saved_to_a_file_and_goes_on_bit_for_bit(
+    tiny_world: World, build_world, tmp_path: Path, denoise, steps
+) -> None:
+    world = tiny_world.with_decoding(denoise=denoise)
+    state = world.start([3, 4])
+    for _ in range(steps):
+        state, _ = world.step(state, [0, 1])
+    world.save_state(state, tmp_path / "state.safetensors")
+    again = world.load_state(tmp_path / "state.safetensors")
     for _ in range(4):
-        state, expected = tiny_world.step(state, [2, 1])
-        again, found = tiny_world.step(again, [2, 1])
+        state, expected = world.step(state, [2, 1])
+        again, found = world.step(again, [2, 1])
         assert torch.equal(expected.frames, found.frames)
         assert torch.equal(expected.log_likelihood, found.log_likelihood)
     other = load_world(build_world(seed=9))

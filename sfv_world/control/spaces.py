@@ -64,7 +64,7 @@ def flatten_actions(
                 for i, (s, a) in enumerate(zip(space.spaces, actions, strict=True))
             ]
             return np.concatenate(parts, axis=-1)
-    array = to_host(actions)
+    array = to_host(actions, name)
     if array.shape != batch + (space.shape or ()):
         raise ValueError(f"{name}: expected shape {batch + (space.shape or ())} for {space}, got {array.shape}.")
     match space:
@@ -94,7 +94,7 @@ def map_actions(function: Callable[[np.ndarray], np.ndarray], space: spaces.Spac
             return tuple(map_actions(function, s, a) for s, a in zip(space.spaces, actions, strict=True))
         case spaces.Dict() | spaces.Tuple():
             return actions  # `flatten_actions` says so
-    return function(to_host(actions))
+    return function(to_host(actions, "actions"))
 
 
 def _columns(array: np.ndarray, batch: tuple[int, ...]) -> list[np.ndarray]:
