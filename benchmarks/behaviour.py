@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import tyro
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
@@ -24,6 +25,8 @@ from sfv_world.film import imagine, long_clips
 from sfv_world.loading import load_world
 from sfv_world.world import World
 
+STEPS = {"doom-takecover": 150}
+"""Steps of random play within which most episodes of a game end, where that is not 75, the limit of Basic."""
 MOVED = 40.0
 """Mean square difference, in levels, of a view that moved."""
 MOVES: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
@@ -47,19 +50,26 @@ class BehaviourConfig:
     """Name of a shipped world, or its folder."""
     data: Path
     """The recording it was trained on."""
+    episodes: int = 240
+    """Episodes of random play to imagine."""
     rows: int = 48
-    """Episodes to imagine, and clips of each other check."""
-    steps: int = 75
-    """Most steps of an imagined episode."""
+    """Clips of each other check."""
+    steps: int | None = None
+    """Most steps of an episode of random play; none: what `STEPS` says of the world, or 75."""
     seed: int = 0
     """Seed of everything."""
 
 
-def random_play(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[str, float]:
-    """Episodes of held random actions from held-out beginnings: how long they last, how they end, what they earn."""
-    context, rows = 4, min(config.rows, int((held_out.lengths > 5).sum()))
-    first = held_out.starts[held_out.lengths > context + 1][:rows]
-    clips = ClipSampler(held_out, context, rows).clips(first)
+def random_play(world: World, train: Episodes, held_out: Episodes, config: BehaviourConfig) -> dict[str, Any]:
+    """Episodes of held random actions from held-out beginnings, again and again: how they end, how long they last, what they earn.
+
+    The game's are all that were recorded, since none of them can tell the world how it goes on from others; on both sides only
+    those that outlast the frames which the world reads first.
+    """
+    context, rows = 4, config.episodes
+    most = STEPS.get(world.name, 75) if config.steps is None else config.steps
+    beginnings = held_out.starts[held_out.lengths > context]
+    clips = ClipSampler(held_out, context, rows).clips(np.resize(beginnings, rows))
     state = world.reset(clips.frames, clips.actions, seeds=config.seed + np.arange(rows))
     policies = [HeldRandomPolicy(world.action_space, (1, 8), seed=config.seed + row) for row in range(rows)]
     alive, length, earned, ended = (
@@ -68,26 +78,28 @@ def random_play(world: World, held_out: Episodes, config: BehaviourConfig) -> di
         clips.rewards.sum(1),
         np.zeros(rows, bool),
     )
-    for _ in tqdm(range(config.steps - context + 1), desc="random play"):
+    for _ in tqdm(range(most - context + 1), desc="random play"):
         state, output = world.step(state, np.array([policy(None) for policy in policies]))
         length[alive] += 1
         earned[alive] += output.reward.cpu().numpy()[alive]
         ended |= alive & output.terminated.cpu().numpy()
         alive &= ~output.terminated.cpu().numpy()
-    steps = np.minimum(held_out.lengths - 1, config.steps)
-    inside = np.arange(len(held_out.frames)) - np.repeat(held_out.starts, held_out.lengths) <= config.steps
-    total = np.add.reduceat(held_out.rewards * inside, held_out.starts)
-    over = np.add.reduceat(held_out.terminations & inside, held_out.starts)
-    return {
-        "imagined_ended": float(ended.mean()),
-        "real_ended": float(over.mean()),
-        "imagined_steps": float(length.mean()),
-        "real_steps": float(steps.mean()),
-        "imagined_return": float(earned.mean()),
-        "real_return": float(total.mean()),
-        "episodes": int(rows),
-        "real_episodes": len(held_out),
-    }
+    real = np.concatenate([_real_play(episodes, context, most) for episodes in (train, held_out)])
+    found: dict[str, Any] = {"steps": most}
+    for name, play in ("imagined", np.stack([ended, length, earned], axis=1)), ("real", real):
+        mean, error = play.mean(0), play.std(0) / len(play) ** 0.5
+        parts = zip(("ended", "steps", "return"), mean, error, strict=True)
+        found[name] = {"episodes": len(play)} | {what: {"mean": m, "error": e} for what, m, e in parts}
+    return found
+
+
+def _real_play(episodes: Episodes, context: int, most: int) -> np.ndarray:
+    """Whether each real episode ended within so many steps, how many of them it lasted and what it earned in them, (n, 3)."""
+    inside = np.arange(len(episodes.frames)) - np.repeat(episodes.starts, episodes.lengths) <= most
+    ended = np.add.reduceat(episodes.terminations & inside, episodes.starts)
+    earned = np.add.reduceat(episodes.rewards * inside, episodes.starts)
+    told = np.stack([ended, np.minimum(episodes.lengths - 1, most), earned], axis=1)
+    return told[episodes.lengths > context]
 
 
 def coarse(frames: np.ndarray) -> np.ndarray:
@@ -177,8 +189,9 @@ def endings(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[s
 def main(config: BehaviourConfig) -> dict[str, Any]:
     """Runs all checks of one world."""
     world = load_world(config.world)
-    _, held_out = split_as_trained(world, config.data)
-    found: dict[str, Any] = {"random_play": random_play(world, held_out, config)}
+    train, held_out = split_as_trained(world, config.data)
+    found: dict[str, Any] = {"measured": TypeAdapter(BehaviourConfig).dump_python(config, mode="json")}
+    found["random_play"] = random_play(world, train, held_out, config)
     if held_out.terminations.any():
         found["endings"] = endings(world, held_out, config)
     if world.name in MOVES:

@@ -120,7 +120,7 @@ def measure(folder: Path, config: LearningConfig) -> dict[str, Any]:
     return {
         "held_out_bits_per_dim": found["bits_per_dim"],
         "bits_without_loss": lossless(world, train, held_out, config.clips, config.seed)["bits_per_colour_value"],
-        **{f"psnr_{horizon}": value for horizon, value in rolled["psnr_of_the_mean"].items()},
+        **{f"psnr_{horizon}": value for horizon, value in rolled["psnr_of_the_mean"]["psnr"].items()},
         "deep_sweeps": rolled["deep_sweeps"],
         "shallow_sweeps": rolled["shallow_sweeps"],
         "largest_certificate": rolled["largest_certificate"],

@@ -20,18 +20,19 @@ def tables(results: dict[str, Any]) -> str:
     """The results as Markdown; bits are per colour value of a world of pixels, per latent of a world of latents."""
     density, outcomes, rolled = results["density"], results["outcomes"], results["rollouts"]
     unit, shown = density["unit"], "noise included" if rolled["noised"] else "cleaned"
-    horizons = list(rolled["psnr_of_one"])
+    horizons = list(rolled["psnr_of_one"]["psnr"])
     lines = [
         f"**Density**, {density['frames']} held-out {unit}s at noise {density['noise']}, bits per {density['dimension']} (lower is better; "
         f"{density['bits_per_frame']:,.0f} a {unit}):",
         "",
         "| this world | copy of the last frame, fitted Gaussian | entropy of the noise itself |",
         "| --- | --- | --- |",
-        f"| {density['bits_per_dim']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 {unit}s) "
+        f"| {density['bits_per_dim']:.3f} ± {density['bits_per_dim_error']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 {unit}s) "
         f"| {density['bits_per_dim_fitted_copy']:.3f} | {density['bits_per_dim_of_the_noise']:.3f} |",
         "",
         *_lossless(results.get("lossless")),
-        f"**Rollouts** of {rolled['clips']} held-out clips under their real actions, PSNR in dB after so many steps:",
+        f"**Rollouts** of {rolled['clips']} held-out clips under their real actions, PSNR in dB after so many steps (± here and above: "
+        "standard errors, from resampled episodes):",
         "",
         "| | " + " | ".join(map(str, horizons)) + " |",
         "| --- |" + " --- |" * len(horizons),
@@ -43,7 +44,8 @@ def tables(results: dict[str, Any]) -> str:
         "psnr_of_the_codec": f"the real frame through the codec{', noise included' * rolled['noised']}",
     }
     for key, name in names.items():
-        lines.append(f"| {name} | " + " | ".join(f"{rolled[key][horizon]:.1f}" for horizon in horizons) + " |")
+        found, error = rolled[key]["psnr"], rolled[key]["error"]
+        lines.append(f"| {name} | " + " | ".join(f"{found[n]:.1f} ± {error[n]:.1f}" for n in horizons) + " |")
     lines += [
         "",
         f"Sweeps a {unit}: {rolled['deep_sweeps']:.1f} of the deep flow, {rolled['shallow_sweeps']:.1f} of shallow blocks; largest "
@@ -62,8 +64,9 @@ def tables(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"**Reward**, given whether the episode ended: mean absolute error {outcomes['reward_mean_absolute_error']:.3f} (of the mean "
-        f"reward: {outcomes['reward_mean_absolute_error_of_the_mean']:.3f}), bias {outcomes['reward_bias']:+.3f}.",
+        f"**Reward**, given whether the episode ended: mean absolute error {outcomes['reward_mean_absolute_error']:.4f} (of the median "
+        f"reward in training, told the same: {outcomes['reward_mean_absolute_error_of_the_median']:.4f}), bias "
+        f"{outcomes['reward_bias']:+.4f}.",
     ]
     if "denoising" in results:
         lines += [
@@ -136,7 +139,7 @@ minutes on `{run["device"]}` by {processes} process(es) of {run["threads"] or "a
 
 ## Results
 
-Measured by `sfv-world evaluate --world {shlex.quote(name)} --data {shlex.quote(run["data"])}` ({results["machine"]}).
+Measured by `sfv-world evaluate --world {shlex.quote(name)} {" ".join(_options(results["measured"], {}))}` ({results["machine"]}).
 
 {tables(results)}
 """

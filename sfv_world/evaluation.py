@@ -6,6 +6,7 @@ Writes `results.json` and the contact sheet `rollouts.png` into the world's fold
 import json
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Real, UInt8
+from jaxtyping import Bool, Float, Int64, Real, UInt8
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
-from sfv_world.data.clips import ClipSampler, Episodes, load_episodes, take
+from sfv_world.data.clips import Clips, ClipSampler, Episodes, load_episodes, take
 from sfv_world.denoiser import video_score
-from sfv_world.film import Continuation, as_shown, compare, decibels, imagine, long_clips
+from sfv_world.film import Continuation, as_shown, compare, decibels, imagine, long_clips, long_starts
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
 from sfv_world.given import DEVICE, check_counts, check_seed
 from sfv_world.loading import load_world
@@ -30,8 +32,6 @@ from sfv_world.training.objective import Batch
 from sfv_world.world import World
 
 HORIZONS = (1, 4, 8, 16)
-
-
 RESULTS, CARD = "results.json", "README.md"
 
 
@@ -43,14 +43,14 @@ class EvaluateConfig:
     """Name of a shipped world, or its folder."""
     data: Path
     """The recording it was trained on; its held-out episodes are found by the run's own split."""
-    clips: int = 64
+    clips: int = 256
     """Held-out clips to roll out, all at once: of a world on a released model as many as memory has room for."""
     rollouts: int = 3
     """Imagined rollouts of each clip, averaged for PSNR."""
     context: int = 8
     """Observed frames before a rollout; up to whole steps, where those have several frames."""
-    frames: int = 4000
-    """Held-out frames (steps, where those have several) to score, at least; clips of them may overlap."""
+    frames: int = 10_000
+    """Held-out frames (steps, where those have several) to score, at most, each once."""
     seed: int = 0
     """Seed of the choice of clips and of all noise."""
     out: Path | None = None
@@ -77,15 +77,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     config = replace(config, context=world.model.codec.whole(config.context))
     train, held_out = split_as_trained(world, config.data)
-    needed, longest = config.context + max(HORIZONS), int(held_out.lengths.max()) - 1
-    if needed > longest:
+    most = int(held_out.lengths.max()) - 1 - max(HORIZONS)
+    if most < world.model.codec.whole(1):
         raise ValueError(
-            f"context: expected at most {longest - max(HORIZONS)} frames, {max(HORIZONS)} less than the longest held-out episode "
-            f"has after its first, got {config.context}."
+            f"data: expected a held-out episode of at least {max(HORIZONS) + 2} frames to roll out, got at most "
+            f"{held_out.lengths.max()} in {config.data}. Record longer ones."
+        )
+    if config.context > most:
+        raise ValueError(
+            f"context: expected at most {most} frames, {max(HORIZONS)} less than the longest held-out episode has after its first, "
+            f"got {config.context}."
         )
     results = {
+        "measured": _unusual(config),
         "density": density(world, train, held_out, config.frames, config.seed),
-        "outcomes": outcomes(world, held_out, config.seed),
+        "outcomes": outcomes(world, train, held_out, config.seed),
         "rollouts": rollouts(world, held_out, config),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
@@ -100,6 +106,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         beside.write_text(model_card(world, results))
     print(tables(results))
     return results
+
+
+def _unusual(config: EvaluateConfig) -> dict[str, Any]:
+    """What was asked for, as JSON has it, but what is measured if nothing is."""
+    whole, usual = (
+        TypeAdapter(EvaluateConfig).dump_python(each, mode="json", exclude={"world", "out", "device"})
+        for each in (config, EvaluateConfig(config.world, config.data))
+    )
+    return {name: value for name, value in whole.items() if name == "data" or value != usual[name]}
 
 
 def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
@@ -123,12 +138,19 @@ def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
             f"data: expected frames {expected[0]} and actions {expected[1]} as the world {world.name} has, got {found[0]} "
             f"and {found[1]}. Give the recording it was trained on."
         )
+    for name in ("dataset_id", "recipe"):
+        of_world, of_data = (about.get(name) for about in (world.about.get("data", {}), episodes.metadata))
+        if of_world is not None and of_data is not None and of_world != of_data:
+            raise ValueError(
+                f"data: expected the recording that {world.name} was trained on, with {name} {of_world!r}, got {of_data!r}."
+            )
     return episodes.split(run["held_out"], run["seed"], run.get("episodes"))
 
 
 def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed: int) -> dict[str, Any]:
-    """Bits per dimension of held-out next frames: the world's, the fitted copy's, and the noise's own entropy.
+    """Bits per dimension of held-out next frames, each once: the world's, the fitted copy's, and the noise's own entropy.
 
+    Frames are read in clips of up to 16 steps, which overlap in one: all but an episode's first frame have 1 to 15 before them.
     A dimension is a colour value or, in a latent world, a latent; bits of one kind of world say nothing beside those of the other.
     Where a step has several frames, frames are steps.
 
@@ -139,43 +161,64 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
     noise, dimensions = model.config.noise, model.config.dimensions
     length = min(16, 1 + (longest - 1) // time)  # in steps
     rows = 16 if time == 1 else 1
+    span, generator = (length - 1) * time, torch.Generator().manual_seed(seed)
 
-    def differences(episodes: Episodes, count: int) -> torch.Tensor:
-        # A video's first latent frame is of one frame only: those after it are alike.
-        clips, found = long_clips(episodes, count, 2 if time == 1 else 1 + 2 * time, seed), []
-        for part in torch.from_numpy(clips.frames).split(256 * rows // 16):
-            tokens = model.codec.encode(model.codec.signal(part.to(world.device)))
-            found.append(tokens[:, -1] - tokens[:, -2])
+    def noisy(draw: Any, shape: tuple[int, ...]) -> torch.Tensor:
+        return draw(shape, generator=generator).to(world.device)
+
+    def differences(clips: Clips) -> torch.Tensor:
+        """Tokens of every step of clips, noised, less the clean ones of the step before it."""
+        found = []
+        for part in torch.from_numpy(clips.frames).split(rows):
+            given = part.to(world.device)
+            clean = model.codec.encode(model.codec.signal(given))
+            dequantised = model.codec.signal(given, noisy(torch.rand, tuple(given.shape)))
+            tokens = model.codec.encode(dequantised + noise * noisy(torch.randn, tuple(dequantised.shape)))
+            found.append((tokens[:, 1:] - clean[:, :-1]).cpu())
         return torch.cat(found)
 
-    fit = differences(train, 4000 if time == 1 else frames).flatten(0, 1)
-    found = differences(held_out, frames)
-    normal = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(world.device)
-    sigma = (fit.var(0) + model.token_noise**2).sqrt()
-    fields = Fields(fit.mean(0).expand_as(found), sigma.expand_as(found))
-    z, log_det = fields.normalise(found + model.token_noise * normal)
-    copy = (standard_normal_log_prob(z) + log_det).sum(-1) + model.codec.log_det
+    def counted(clips: Clips) -> torch.Tensor:
+        """Which steps of clips but the first are whole and no repeated screen."""
+        steps = Batch.from_clips(clips, model)
+        return (steps.valid & ~steps.terminal)[:, 1:].cpu()
 
-    clips = long_clips(held_out, math.ceil(frames / (length - 1)), 1 + (length - 1) * time, seed)
-    parts = np.array_split(np.arange(len(clips.frames)), math.ceil(len(clips.frames) / rows))
+    alike = 0 if time == 1 else 1  # a video's first latent frame is of one frame only: those after it are alike
+    fitted = long_clips(train, 4000 // (length - 1) if time == 1 else rows, 1 + span, seed)
+    fit = differences(fitted)[:, alike:].flatten(0, -2)
+    starts = np.concatenate([np.arange(s, e - 1, span) for s, e in zip(held_out.starts, held_out.ends, strict=True)])
+    starts = np.sort(np.random.default_rng(seed).permutation(starts)[: math.ceil(frames / (length - 1))])
+    clips = ClipSampler(held_out, 1 + span, len(starts)).clips(starts)
+    inside, found = counted(clips), differences(clips)
+    fields = Fields(fit.mean(0).expand_as(found), fit.std(0).expand_as(found))
+    z, log_det = fields.normalise(found)
+    copy = (standard_normal_log_prob(z) + log_det).sum(-1) + model.codec.log_det.cpu()
+    alike_ones = copy[:, alike:][inside[:, alike:]]
+
+    parts = np.array_split(np.arange(len(starts)), math.ceil(len(starts) / rows))
     bits = torch.cat(
         [world.score(clips.frames[part], take(clips.actions, part), part).bits_per_dim.cpu() for part in parts]
-    )
+    )[:, 1:]
+    later = inside & (torch.arange(length - 1) >= length // 2 - 1)
+    totals = torch.stack([torch.where(inside, bits, 0.0).sum(1), inside.sum(1)], dim=1).numpy()
     return {
-        "bits_per_dim": bits[:, 1:].mean().item(),
-        "bits_per_dim_full_context": bits[:, length // 2 :].mean().item(),
-        "bits_per_dim_fitted_copy": (-copy.mean() / (dimensions * math.log(2))).item(),
+        "bits_per_dim": bits[inside].mean().item(),
+        "bits_per_dim_error": _error(totals, held_out.of_rows(starts), lambda means: means[:, 0] / means[:, 1]),
+        "bits_per_dim_full_context": bits[later].mean().item(),
+        "bits_per_dim_fitted_copy": (-alike_ones.mean() / (dimensions * math.log(2))).item(),
         "bits_per_dim_of_the_noise": math.log2(noise * math.sqrt(2 * math.pi * math.e)),
-        "bits_per_frame": bits[:, 1:].mean().item() * dimensions,
+        "bits_per_frame": bits[inside].mean().item() * dimensions,
         "noise": noise,
         "dimension": "colour value" if model.codec.shows_noise else "latent",
         "unit": "frame" if time == 1 else "step",
-        "frames": bits[:, 1:].numel(),
+        "frames": int(inside.sum()),
     }
 
 
-def outcomes(world: World, held_out: Episodes, seed: int, limit: int = 200) -> dict[str, Any]:
-    """Calibration on whole held-out episodes, read frame by frame: a reliability table of terminations, errors of rewards."""
+def outcomes(world: World, train: Episodes, held_out: Episodes, seed: int, limit: int = 200) -> dict[str, Any]:
+    """Calibration on whole held-out episodes, read frame by frame: a reliability table of terminations, errors of rewards.
+
+    The reward is told given whether the episode ended with it; so is the baseline's, the median of those of training.
+    """
     probabilities, terminated, rewards, expected = [], [], [], []
     order = np.random.default_rng(seed).permutation(len(held_out))[:limit]
     for episode in tqdm(order, desc="outcomes"):
@@ -190,6 +233,8 @@ def outcomes(world: World, held_out: Episodes, seed: int, limit: int = 200) -> d
         expected.append(score.rewards[0, 1:].cpu().numpy()[np.arange(len(ended)), ended.astype(int)])
     p, y = np.concatenate(probabilities), np.concatenate(terminated)
     r, e = np.concatenate(rewards), np.concatenate(expected)
+    known, ending = _by_step(world, train)
+    medians = [np.median(known[ending == end]) if (ending == end).any() else 0.0 for end in (False, True)]
     edges = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0001])
     table = []
     for low, high in pairwise(edges):
@@ -205,16 +250,27 @@ def outcomes(world: World, held_out: Episodes, seed: int, limit: int = 200) -> d
         "termination_brier": float(((p - y) ** 2).mean()),
         "termination_brier_of_the_base_rate": float(base * (1 - base)),
         "reward_mean_absolute_error": float(np.abs(r - e).mean()),
-        "reward_mean_absolute_error_of_the_mean": float(np.abs(r - r.mean()).mean()),
+        "reward_mean_absolute_error_of_the_median": float(np.abs(r - np.where(y, medians[1], medians[0])).mean()),
         "reward_bias": float((e - r).mean()),
         "frames": len(p),
     }
 
 
+def _by_step(world: World, episodes: Episodes) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """The reward of every step of all episodes, and whether it ended its episode."""
+    rewards, ended = [], []
+    for start, length in zip(episodes.starts, episodes.lengths, strict=True):
+        inside, rest = np.s_[start + 1 : start + length], (1 - length) % world.time
+        rewards.append(np.pad(episodes.rewards[inside], (0, rest)).reshape(-1, world.time).sum(1))
+        ended.append(np.pad(episodes.terminations[inside], (0, rest)).reshape(-1, world.time).any(1))
+    return np.concatenate(rewards), np.concatenate(ended)
+
+
 def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[str, Any]:
     """PSNR of the mean of several imagined rollouts, of one rollout, of copying the last frame and of the codec, by horizon."""
     frames = config.context + max(HORIZONS)
-    clips = long_clips(held_out, config.clips, frames, config.seed)
+    starts = long_starts(held_out, config.clips, frames, config.seed)
+    clips = ClipSampler(held_out, frames, len(starts)).clips(starts)
     runs: list[Continuation] = [
         imagine(world, clips, config.context, seed=config.seed + run)
         for run in tqdm(range(config.rollouts), desc="rollouts")
@@ -228,11 +284,16 @@ def rollouts(world: World, held_out: Episodes, config: EvaluateConfig) -> dict[s
         through_codec = _through_codec(world, clips.frames)[:, config.context :]
     mean = np.mean([run.imagined for run in runs], axis=0)
     outputs = [output for run in runs for output in run.outputs]
+    shown = {"mean": mean, "one": runs[0].imagined, "copying": copy, "codec": through_codec}
+    names = {
+        "mean": "psnr_of_the_mean",
+        "one": "psnr_of_one",
+        "copying": "psnr_of_copying",
+        "codec": "psnr_of_the_codec",
+    }
+    found = {names[name]: _by_horizon(frames, real, held_out.of_rows(starts)) for name, frames in shown.items()}
     return {
-        "psnr_of_the_mean": _by_horizon(mean, real),
-        "psnr_of_one": _by_horizon(runs[0].imagined, real),
-        "psnr_of_copying": _by_horizon(copy, real),
-        "psnr_of_the_codec": _by_horizon(through_codec, real),
+        **found,
         "noised": noised,
         "rollouts": config.rollouts,
         "clips": config.clips,
@@ -288,13 +349,30 @@ def denoising(world: World, held_out: Episodes, count: int, seed: int, length: i
     return found
 
 
-def psnr(imagined: Real[np.ndarray, "b h w 3"], real: UInt8[np.ndarray, "b h w 3"]) -> float:
-    """Peak signal-to-noise ratio, in decibels, of the squared error averaged over all frames.
+def _by_horizon(
+    imagined: Real[np.ndarray, "b n h w 3"], real: UInt8[np.ndarray, "b n h w 3"], episodes: Int64[np.ndarray, " b"]
+) -> dict[str, dict[int, float]]:
+    """PSNR by horizon, in decibels, and its standard error.
 
-    Averaged before the logarithm, because a copy of a frame in which nothing moves has no error at all.
+    The squared error is averaged before the logarithm, because a copy of a frame in which nothing moves has none at all.
     """
-    return decibels(np.square(imagined.astype(np.float64) - real).mean())
+    found: dict[str, dict[int, float]] = {"psnr": {}, "error": {}}
+    for horizon in HORIZONS:
+        difference = imagined[:, horizon - 1].astype(np.float64) - real[:, horizon - 1]
+        squares = np.square(difference).mean((1, 2, 3))[:, None]
+        found["psnr"][horizon] = decibels(squares.mean())
+        found["error"][horizon] = _error(squares, episodes, lambda means: 10 * np.log10(np.maximum(means[:, 0], 1e-9)))
+    return found
 
 
-def _by_horizon(imagined: np.ndarray, real: np.ndarray) -> dict[int, float]:
-    return {horizon: psnr(imagined[:, horizon - 1], real[:, horizon - 1]) for horizon in HORIZONS}
+def _error(
+    values: Float[np.ndarray, "n k"],
+    episodes: Int64[np.ndarray, " n"],
+    statistic: Callable[[Float[np.ndarray, "m k"]], Float[np.ndarray, " m"]],
+) -> float:
+    """Standard error of a statistic of means, by resampling episodes: what was seen in one is not independent."""
+    group = np.unique(episodes, return_inverse=True)[1]
+    counts = np.bincount(group).astype(float)
+    sums = np.stack([np.bincount(group, column) for column in values.T], axis=1)
+    drawn = np.random.default_rng(0).integers(len(counts), size=(1000, len(counts)))
+    return float(statistic(sums[drawn].sum(1) / counts[drawn].sum(1)[:, None]).std())

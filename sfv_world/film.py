@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import Clips, ClipSampler, Episodes, take
@@ -30,14 +30,18 @@ class Continuation(NamedTuple):
 
 def long_clips(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Clips:
     """Clips of `frames` frames that lie wholly within episodes, starting at random places."""
+    return ClipSampler(episodes, frames, rows).clips(long_starts(episodes, rows, frames, seed))
+
+
+def long_starts(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> Int64[np.ndarray, " rows"]:
+    """Where the clips of `long_clips` start."""
     fitting = np.concatenate([np.arange(s, e - frames) for s, e in zip(episodes.starts, episodes.ends, strict=True)])
     if len(fitting) == 0:
         raise ValueError(
             f"frames: expected fewer, context included, than the longest episode has ({episodes.lengths.max()}), got {frames}. Ask "
             "for fewer, or record longer episodes."
         )
-    chosen = np.random.default_rng(seed).choice(fitting, size=rows)
-    return ClipSampler(episodes, frames, rows).clips(chosen)
+    return np.random.default_rng(seed).choice(fitting, size=rows)
 
 
 def imagine(world: World, clips: Clips, context: int, seed: int = 0) -> Continuation:

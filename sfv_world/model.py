@@ -146,8 +146,16 @@ class WorldModel(nn.Module):
         log_likelihood = encoding.log_prob.sum(-1) + self.codec.log_det
         drafted = self.training and self.flow.drafter is not None and tokens.shape[1] > 1
         draft_error = self.flow.draft_error(encoding, controls) if drafted else None
-        outcome = self.heads(encoding.features.detach() if heads_apart else encoding.features)
+        outcome = self.outcome(encoding.features.detach() if heads_apart else encoding.features)
         return Reading(encoding, log_likelihood, outcome, draft_error)
+
+    def outcome(self, features: Float[Tensor, "*b l w"]) -> Outcome:
+        """What came with frames, by the deep flow's features, as far as these were known before the frames.
+
+        In token order, all but a frame's first slot have read some of it; that an ended game shows its last screen again
+        would tell them its end.
+        """
+        return self.heads(features if self.config.flow.kind == "frame-parallel" else features[..., :1, :])
 
     # The same frame by frame, what `World` does with a model. A stream is used up.
 

@@ -436,7 +436,7 @@ class World:
     def _output(self, draws: Tensor, report: FrameReport, frames: Tensor, guided: bool = False) -> WorldOutput:
         """What is to be said of frames."""
         log_likelihood = report.log_prob.sum(-1) + self.model.codec.log_det
-        outcome = self.model.heads(report.features)
+        outcome = self.model.outcome(report.features)
         probability = outcome.termination_probability
         terminated = draws < probability
         return WorldOutput(

@@ -118,6 +118,16 @@ def test_observing_step_by_step_is_scoring_in_parallel(world):
         assert np.array_equal(output.frames, shown) and output.bits_per_dim.shape == (2,)
 
 
+def test_an_outcome_is_told_before_its_frames_are_seen(world):
+    frames, actions = video(world, 2, 3)
+    other = frames.copy()
+    other[:, -world.time :] = 255 - other[:, -world.time :]
+    found, expected = (world.score(each, actions) for each in (other, frames))
+    assert not torch.allclose(found.log_likelihood[:, -1], expected.log_likelihood[:, -1])
+    close(found.termination_probability, expected.termination_probability, atol=1e-5)
+    close(found.rewards, expected.rewards, atol=1e-4)
+
+
 @pytest.mark.parametrize("denoise", ["none", "causal"])
 def test_what_is_said_of_imagined_steps_is_that_of_a_parallel_pass(world, denoise):
     world = World(world.model, DecodingConfig(block=4, denoise=denoise), world.starts)

@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from recorded import LENGTHS
 
+from sfv_world import load_world
 from sfv_world.data.collect import CollectConfig, collect
+from sfv_world.evaluation import split_as_trained
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -118,3 +122,21 @@ def test_learning(recording, tmp_path, monkeypatch):
     assert all(row["bits_without_loss"] > 0 for row in rows)
     assert all(row["training_frames_per_second"] > 0 and row["ms_a_frame_at_batch_2"] > 0 for row in rows)
     assert all(row["steps"] >= 1 and row["largest_certificate"] < 1e-3 and "psnr_16" in row for row in rows)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_random_play_is_held_against_all_recorded_episodes(monkeypatch, home, ends):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from behaviour import BehaviourConfig, random_play
+
+    world = load_world(home / "world")
+    with torch.no_grad():
+        world.model.heads.mlp[-1].bias[0] = 100.0 if ends else -100.0
+    config = BehaviourConfig(str(home / "world"), home / "data", episodes=10, steps=15)
+    found = random_play(world, *split_as_trained(world, home / "data"), config)
+    real, imagined = found["real"], found["imagined"]
+    assert (real["episodes"], imagined["episodes"]) == (len(LENGTHS), 10)
+    assert real["ended"]["mean"] == np.mean([length - 1 <= 15 for length in LENGTHS])
+    assert real["steps"]["mean"] == np.mean([min(length - 1, 15) for length in LENGTHS])
+    assert imagined["ended"] == {"mean": float(ends), "error": 0}
+    assert imagined["steps"] == {"mean": 4 if ends else 15, "error": 0}

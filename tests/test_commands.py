@@ -77,6 +77,7 @@ def test_evaluate_writes_results_card_and_pictures(world):
     assert f"{results['density']['bits_per_dim']:.3f}" in out.stdout
     card = (world / "found/README.md").read_text()
     assert out.stdout.strip() in card
+    assert "`sfv-world evaluate --world world --data data --clips 2 --rollouts 2 --frames 30` (" in card
     assert cv2.imread(str(world / "found/rollouts.png")) is not None
 
 

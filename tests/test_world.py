@@ -73,6 +73,15 @@ def test_a_frames_score_depends_on_nothing_after_it(tiny_world):
         assert torch.allclose(whole[:, :6], part, rtol=1e-5, atol=1e-5)
 
 
+def test_an_outcome_is_told_before_its_frame_is_seen(tiny_world):
+    other = VIDEO.copy()
+    other[:, -1] = other[:, -2]
+    found, expected = (tiny_world.score(video, ACTIONS[:, :-1]) for video in (other, VIDEO))
+    assert not torch.allclose(found.log_likelihood[:, -1], expected.log_likelihood[:, -1])
+    torch.testing.assert_close(found.termination_probability, expected.termination_probability)
+    torch.testing.assert_close(found.rewards, expected.rewards)
+
+
 def test_a_frame_is_scored_by_its_action_and_its_window(tiny_world):
     actions, video = ACTIONS[:, :-1].copy(), VIDEO.copy()
     actions[:, 4] = (actions[:, 4] + 1) % 3  # leads to frame 5

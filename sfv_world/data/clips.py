@@ -70,6 +70,10 @@ class Episodes:
         """Frames a second of game time, if the recording says."""
         return self.metadata.get("fps")
 
+    def of_rows(self, rows: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+        """Which episode each row is in."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.starts)
@@ -285,7 +289,7 @@ class ClipSampler:
     def clips(self, rows: Int64[np.ndarray, " b"]) -> Clips:
         """Cuts the clips that start at the given rows of the episodes."""
         data = self.episodes
-        last = data.ends[np.searchsorted(data.starts, rows, side="right") - 1] - 1
+        last = data.ends[data.of_rows(rows)] - 1
         wanted = rows[:, None] + np.arange(self.clip_length)
         valid = wanted <= last[:, None]
         index = np.minimum(wanted, last[:, None])

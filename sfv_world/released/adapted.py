@@ -29,7 +29,7 @@ from sfv_world.decoding.frames import FrameReport
 from sfv_world.decoding.solver import DecodingConfig, SolverConfig
 from sfv_world.flow.affine import Fields
 from sfv_world.flow.model import Encoding
-from sfv_world.heads import OutcomeHeads
+from sfv_world.heads import Outcome, OutcomeHeads
 from sfv_world.model import Reading
 from sfv_world.released.adapter import ControlAdapter
 from sfv_world.released.backbone import Backbone, fingerprint
@@ -162,7 +162,11 @@ class AdaptedModel(nn.Module):
         noise, log_det, latents, features, mu, sigma = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
         encoding = Encoding(noise, log_det, latents, features, Fields(mu, sigma))
         log_likelihood = encoding.log_prob.sum(-1) + self.codec.log_det
-        return Reading(encoding, log_likelihood, self.heads(features.detach() if heads_apart else features), None)
+        return Reading(encoding, log_likelihood, self.outcome(features.detach() if heads_apart else features), None)
+
+    def outcome(self, features: Float[Tensor, "*b l w"]) -> Outcome:
+        """As `WorldModel.outcome`: of a frame's slots, the one that the deep block reads first has seen nothing of it."""
+        return self.heads(self.flow.orient(-1, features)[..., :1, :])
 
     def read_video(
         self,

@@ -1,0 +1,153 @@
+"""What evaluation measures, against recordings whose numbers are known, and the world's own verbs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
+from recorded import trained
+
+from sfv_world import load_world
+from sfv_world.data.clips import take
+from sfv_world.evaluation import EvaluateConfig, _error, density, evaluate, outcomes, rollouts, split_as_trained
+
+STEP = 3
+"""Levels that all pixels of a frame are brighter than those of the frame before."""
+ABOUT = {"dataset_id": "made-up-v0", "recipe": {"env": "made up"}}
+
+
+@pytest.fixture(scope="module")
+def home(build_world, tmp_path_factory):
+    """A folder with a recording, `data`, of frames that grow brighter, and a tiny world that says it was trained on it, `world`."""
+    home, rng = tmp_path_factory.mktemp("evaluation"), np.random.default_rng(0)
+    space = spaces.Box(0, 255, (16, 24, 3), np.uint8)
+    storage = MinariStorage.new(home / "data", space, spaces.Discrete(3), data_format="hdf5", jpeg_encoding=False)
+    for number, length in enumerate(rng.integers(26, 34, size=16)):
+        ends = (np.arange(1, length) == length - 1) & (number % 4 > 0)
+        light = 40 + STEP * np.arange(length, dtype=np.uint8)
+        storage.update_episodes(
+            [
+                EpisodeBuffer(
+                    observations=np.broadcast_to(light[:, None, None, None], (length, *space.shape)).copy(),
+                    actions=rng.integers(3, size=length - 1),
+                    rewards=np.where(ends, -7.0, rng.integers(1, 4, size=length - 1)),
+                    terminations=ends,
+                    truncations=np.zeros(length - 1, bool),
+                )
+            ]
+        )
+    storage.update_metadata(ABOUT)
+    trained(build_world("bands"), home / "world")
+    return home
+
+
+@pytest.fixture(scope="module")
+def world(home):
+    return load_world(home / "world")
+
+
+@pytest.fixture(scope="module")
+def split(home, world):
+    return split_as_trained(world, home / "data")
+
+
+def test_every_held_out_frame_is_scored_once(world, split):
+    train, held_out = split
+    found = density(world, train, held_out, frames=10_000, seed=0)
+    assert found["frames"] == (held_out.lengths - 1).sum()
+    bits = []
+    for start, end in zip(held_out.starts, held_out.ends, strict=True):
+        frames, actions = held_out.frames[start:end], take(held_out.actions, np.s_[start : end - 1])
+        bits.append(world.score(frames[None], actions[None]).bits_per_dim[0, 1:].numpy())
+    assert found["bits_per_dim"] == pytest.approx(np.concatenate(bits).mean(), abs=0.02)
+    few = density(world, train, held_out, frames=60, seed=0)
+    assert 0 < few["frames"] <= 60 < found["frames"] and found["bits_per_dim_error"] > 0
+
+
+def test_a_fitted_copy_of_what_never_surprises_costs_the_noise_alone(world, split):
+    found = density(world, *split, frames=10_000, seed=0)
+    cell = 1 / 128  # in which a value of [-1, 1] is dequantised
+    expected = 0.5 * math.log2(2 * math.pi * math.e * (world.model.config.noise**2 + cell**2 / 12))
+    assert found["bits_per_dim_fitted_copy"] == pytest.approx(expected, abs=2e-3)
+    assert found["bits_per_dim_of_the_noise"] < expected
+
+
+def test_outcomes_are_those_of_observing_step_by_step(world, split):
+    train, held_out = split
+    found = outcomes(world, train, held_out, seed=0)
+    chances, ended, errors = [], [], []
+    for start, end in zip(held_out.starts, held_out.ends, strict=True):
+        state = world.reset(held_out.frames[None, start : start + 1], seeds=[0])
+        for row in range(start + 1, end):
+            state, output = world.observe(state, held_out.actions[row - 1 : row], held_out.frames[None, row])
+            chances.append(output.termination_probability.item())
+            ended.append(held_out.terminations[row])
+            errors.append(output.rewards[0, int(ended[-1])].item() - held_out.rewards[row])
+    chances, ended, errors = np.array(chances), np.array(ended), np.array(errors)
+    assert found["frames"] == len(chances) == sum(row["frames"] for row in found["termination_reliability"])
+    assert found["termination_brier"] == pytest.approx(np.square(chances - ended).mean(), abs=1e-4)
+    assert found["termination_brier_of_the_base_rate"] == pytest.approx(ended.mean() * (1 - ended.mean()))
+    assert found["reward_mean_absolute_error"] == pytest.approx(np.abs(errors).mean(), abs=1e-3)
+    assert found["reward_bias"] == pytest.approx(errors.mean(), abs=1e-3)
+    for row in found["termination_reliability"]:
+        inside = (chances >= row["from"]) & (chances < row["to"] + 1e-9)
+        assert row["predicted"] == pytest.approx(chances[inside].mean(), abs=1e-3)
+        assert row["observed"] == pytest.approx(ended[inside].mean(), abs=1e-3)
+
+
+def test_the_rewards_baseline_is_told_of_the_end_as_the_world_is(world, split):
+    train, held_out = split
+    within = np.ones(len(held_out.frames), bool)
+    within[held_out.starts] = False  # nothing is earned on arriving at an episode's first frame
+    median = np.median(train.rewards[train.rewards > 0])
+    expected = np.where(held_out.terminations, 0, np.abs(held_out.rewards - median))[
+        within
+    ].mean()  # all ends cost the same
+    found = outcomes(world, train, held_out, seed=0)
+    assert found["reward_mean_absolute_error_of_the_median"] == pytest.approx(expected)
+
+
+def test_copying_falls_behind_as_frames_change(home, world, split):
+    config = EvaluateConfig(str(home / "world"), home / "data", clips=12, rollouts=2, context=3)
+    found = rollouts(world, split[1], config)
+    for horizon, decibels in found["psnr_of_copying"]["psnr"].items():
+        assert decibels == pytest.approx(20 * math.log10(255 / (STEP * horizon)))
+        assert found["psnr_of_copying"]["error"][horizon] == pytest.approx(0, abs=1e-9)  # in all clips the same
+        assert found["psnr_of_the_mean"]["psnr"][horizon] > found["psnr_of_one"]["psnr"][horizon]
+        assert found["psnr_of_one"]["error"][horizon] > 0
+
+
+def test_errors_are_those_of_independent_episodes():
+    rng = np.random.default_rng(1)
+    episodes = np.repeat(np.arange(200), 5)
+    values = rng.standard_normal(200)[episodes, None]  # the same throughout an episode
+    assert _error(values, episodes, lambda means: means[:, 0]) == pytest.approx(200**-0.5, rel=0.15)
+
+
+def test_another_recording_is_refused(home, world):
+    for name, other in (("dataset_id", "another-v0"), ("recipe", {"env": "another"})):
+        about = json.loads(json.dumps(world.about))
+        about["data"] = {**ABOUT, name: other}
+        with pytest.raises(
+            ValueError, match=rf"data: expected the recording that .* was trained on, with {name} .*another"
+        ):
+            split_as_trained(type(world)(world.model, about=about), home / "data")
+
+
+def test_episodes_too_short_to_roll_out_are_told(home, build_world, tmp_path):
+    storage = MinariStorage.new(
+        tmp_path / "data",
+        spaces.Box(0, 255, (16, 24, 3), np.uint8),
+        spaces.Discrete(3),
+        data_format="hdf5",
+        jpeg_encoding=False,
+    )
+    few = dict(
+        actions=np.zeros(9, int), rewards=np.zeros(9), terminations=np.zeros(9, bool), truncations=np.zeros(9, bool)
+    )
+    storage.update_episodes([EpisodeBuffer(observations=np.zeros((10, 16, 24, 3), np.uint8), **few) for _ in range(4)])
+    with pytest.raises(ValueError, match=r"data: expected a held-out episode of at least 18 frames .* got at most 10"):
+        evaluate(EvaluateConfig(str(home / "world"), tmp_path / "data", out=tmp_path / "found"))
