@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sfv_world.checkpoint import CONFIG, STARTS, check_vacant, load_model, load_tensors, save_model, save_tensors
+from sfv_world.data.split import common_split
 from sfv_world.loading import find_world
 
 
@@ -35,11 +36,11 @@ def blend(config: BlendConfig) -> Path:
     """Writes the world of the weighted means of all weights.
 
     Raises:
-        ValueError: if the worlds differ in more than weights, or there is a world in `out`.
+        ValueError: if the worlds differ in more than weights, held out other episodes of one recording, or there is one in `out`.
     """
     check_vacant(config.out, "world", CONFIG)
     folder = find_world(config.world)
-    (model, about), (other, _) = load_model(folder), load_model(find_world(config.other))
+    (model, about), (other, said) = load_model(folder), load_model(find_world(config.other))
     mine, theirs = model.state_dict(), other.state_dict()
     same = (model.config, model.action_space) == (other.config, other.action_space)
     if not same or any(not torch.equal(w, theirs[name]) for name, w in mine.items() if name.startswith("codec.")):
@@ -47,6 +48,7 @@ def blend(config: BlendConfig) -> Path:
             f"other: expected a world of the shape, actions and codec of {config.world}, got {config.other}, which differs. Train "
             "one from the other (`sfv-world train --init`)."
         )
+    common_split({"world": about, "other": said}, about.get("data") or {})
     share = config.share
     means = {name: (1 - share) * w.double() + share * theirs[name].double() for name, w in mine.items()}
     model.load_state_dict(means)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -45,8 +46,13 @@ def record(folder: Path, action_space: spaces.Space, lengths: tuple[int, ...] = 
 def trained(world: Path, folder: Path, held_out: float = 0.5) -> Path:
     """A copy of a world whose configuration says how a recording was split to train it."""
     shutil.copytree(world, folder)
+    return said(folder, training={"held_out": held_out, "seed": 0})
+
+
+def said(folder: Path, **about: Any) -> Path:
+    """A world or codec, now that its configuration says this about it."""
     config = json.loads((folder / CONFIG).read_text())
-    config["about"]["training"] = {"held_out": held_out, "seed": 0}
+    config["about"] |= about
     (folder / CONFIG).write_text(json.dumps(config))
     return folder
 

@@ -1,10 +1,12 @@
 """Blending: the mean of all weights of two worlds, one of which began with the other's."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from recorded import said
 from tiny import randomised
 
 from sfv_world.blend import BlendConfig, blend
@@ -41,6 +43,22 @@ def test_a_blend_lies_between(config, capsys):
 def test_worlds_without_start_frames_are_blended(config):
     (config.world / "starts.safetensors").unlink()
     assert load_world(blend(config)).starts is None
+
+
+def test_worlds_that_know_what_the_other_held_out_are_not_blended(config, tmp_path):
+    data, split = {"dataset_id": "mine-v0"}, {"seed": 0, "held_out": 0.05, "episodes": 9}
+    other = shutil.copytree(config.other, tmp_path / "other")
+    said(config.world, training=split, data=data)
+    for change in ({"seed": 1}, {"held_out": 0.1}, {"episodes": 12}):
+        said(other, training=split | change, data=data)
+        with pytest.raises(ValueError, match=r"other: expected the split that world was .* --episodes 9, got --seed"):
+            blend(replace(config, other=other))
+    assert not config.out.exists()
+    for n, (training, of) in enumerate(
+        [(split, data), ({"seed": 0, "held_out": 0.05}, data), ({"seed": 1}, {}), ({}, None)]
+    ):
+        said(other, training=training, data=of)
+        blend(replace(config, other=other, out=tmp_path / str(n)))
 
 
 def test_what_cannot_be_blended_is_told(config, build_world):

@@ -7,7 +7,7 @@ import cv2
 import pytest
 import torch
 from conftest import DISCRETE
-from recorded import record
+from recorded import record, said
 from tiny import randomised
 
 from sfv_world.checkpoint import (
@@ -20,6 +20,7 @@ from sfv_world.checkpoint import (
 )
 from sfv_world.cli import main
 from sfv_world.codec.latent import Autoencoder, AutoencoderConfig
+from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.training.codec import CodecTrainer, TrainCodecConfig, train_codec
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.trainer import Trainer
@@ -114,6 +115,30 @@ def test_training_is_seeded_and_resumes_exactly(home, tmp_path, monkeypatch):
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     with pytest.raises(ValueError, match=r"resume: expected the configuration of the run in .*'latents': \(2, 3\)"):
         train_codec(replace(parts, latents=3, resume=True))
+
+
+def test_what_a_codec_was_trained_on_is_not_held_out_by_its_worlds(tmp_path):
+    data, codec = (
+        collect(CollectConfig(env="doom-basic", out=tmp_path / "data", frames=200, size=16)),
+        tmp_path / "codec",
+    )
+    options = dict(held_out=0.3, steps=1, device="cpu")
+    train_codec(TrainCodecConfig(data, codec, space=4, latents=2, base=16, episodes=4, **options))
+    config = TrainConfig(data, tmp_path / "world", codec=codec, preset="tiny", clip=4, window=3, **options)
+    first = Trainer(config)
+    assert first.config.episodes == 4 and first.later > 0
+    with pytest.raises(
+        ValueError, match=r"codec: expected the split .* --episodes 4, got --seed 1 .*Give these options"
+    ):
+        Trainer(replace(config, seed=1))
+    first.save({})
+    both = replace(config, init=config.out, out=tmp_path / "both")
+    assert Trainer(both).config.episodes == 4
+    said(config.out, training={"seed": 0, "held_out": 0.3, "episodes": 5})
+    with pytest.raises(
+        ValueError, match=r"init: expected the split that codec was trained with .* 4, got .* 5: each knows"
+    ):
+        Trainer(both)
 
 
 # Mistakes

@@ -3,16 +3,18 @@
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from recorded import LENGTHS, record
+from recorded import LENGTHS, record, said
 from tiny import normal
 
-from sfv_world.checkpoint import MODEL, load_model, load_tensors
+from sfv_world.checkpoint import CONFIG, MODEL, load_model, load_tensors
+from sfv_world.data.clips import load_episodes
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.evaluation import split_as_trained
 from sfv_world.given import alone_in
@@ -24,11 +26,12 @@ from sfv_world.training.objective import ObjectiveConfig
 from sfv_world.training.run import STATE
 from sfv_world.training.trainer import Trainer, train
 
+COLLECTED = CollectConfig(env="doom-basic", out=Path(), frames=200, size=16)
+
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "doom"
-    return collect(CollectConfig(env="doom-basic", out=out, frames=200, size=16))
+    return collect(replace(COLLECTED, out=tmp_path_factory.mktemp("data") / "doom"))
 
 
 @pytest.fixture
@@ -193,6 +196,35 @@ def test_a_run_can_start_from_a_world(config, tmp_path):
         ValueError, match=r"init: expected a world of this one's shape, got .* with noise 0.05 \(here 0.1\)\."
     ):
         Trainer(replace(config, init=config.out, out=tmp_path / "third", noise=0.1))
+
+
+def test_what_a_world_was_trained_on_is_not_held_out_by_one_that_begins_with_it(config, recording, tmp_path):
+    """Of a recording that went on since, nor by another split; a recording in another folder is the same by its recipe."""
+    longer = collect(replace(COLLECTED, out=tmp_path / "longer", frames=350))
+    train(config)
+    second = replace(config, data=longer, init=config.out, out=tmp_path / "second", steps=1)
+    run = Trainer(second)
+    assert np.array_equal(run.held_out.actions, Trainer(replace(config, resume=True)).held_out.actions)
+    assert run.later > 0 and run.config.episodes == len(load_episodes(recording))
+    options = f"--seed 0 --held-out 0.3 --episodes {run.config.episodes}"
+    for change in ({"seed": 1}, {"held_out": 0.4}, {"episodes": 3}, {"episodes": len(load_episodes(longer))}):
+        with pytest.raises(
+            ValueError, match=rf"init: expected the split .* {options}, got .*Give these options"
+        ) as told:
+            Trainer(replace(second, **change))
+        assert all(f"--{name.replace('_', '-')} {value}" in str(told.value) for name, value in change.items())
+    shorter = collect(replace(COLLECTED, out=tmp_path / "shorter", frames=100))
+    with pytest.raises(ValueError, match=rf"init: .* {options}, got .* --episodes {len(load_episodes(shorter))}: "):
+        Trainer(replace(second, data=shorter))
+    other = collect(replace(COLLECTED, out=tmp_path / "other", seed=1))
+    assert Trainer(replace(second, data=other, seed=1)).later == 0
+    training = json.loads((config.out / CONFIG).read_text())["about"]["training"]
+    said(config.out, training={name: value for name, value in training.items() if name != "episodes"})  # as once
+    assert Trainer(second).later == 0
+    with pytest.raises(ValueError, match=r"init: expected the split .* --seed 0 --held-out 0.3, got --seed 1 "):
+        Trainer(replace(second, seed=1))
+    said(config.out, data={})
+    assert Trainer(replace(second, seed=1)).later == 0
 
 
 def test_a_run_can_start_from_a_world_of_another_game(config, tmp_path):

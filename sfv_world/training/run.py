@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
 from sfv_world.checkpoint import CODEC, CONFIG, check_vacant
-from sfv_world.data.clips import load_episodes
+from sfv_world.data.clips import Episodes, load_episodes
+from sfv_world.data.split import as_options, common_split
 from sfv_world.given import set_threads
 from sfv_world.interrupt import patient
 from sfv_world.training.distributed import ALONE, Group, gathered, load_state, save_state
@@ -55,10 +56,7 @@ class Run(ABC):
         set_threads(config.threads)
         self._check_out()
         episodes = load_episodes(config.data)
-        count = config.episodes
-        if count is None and config.resume:
-            count = self._reached()["config"].get("episodes")
-        self.config = replace(config, episodes=len(episodes) if count is None else count)
+        self.config = replace(config, episodes=self._count(episodes))
         self.train, self.held_out = episodes.split(config.held_out, config.seed, self.config.episodes)
         self.later = len(episodes) - len(self.train) - len(self.held_out)
         self.step, self.elapsed = 0, 0.0
@@ -147,6 +145,32 @@ class Run(ABC):
         self._write(about)
         reached = {"step": self.step, "elapsed": self.elapsed, "config": self._identity(), **self._begun()}
         save_state(self.config.out / STATE, self._state(), reached, self.group)
+
+    def _parents(self) -> dict[str, dict[str, Any]]:
+        """What is said about all that a new run begins with, by the option that names it."""
+        return {}
+
+    def _count(self, episodes: Episodes) -> int:
+        """How many episodes are split: those asked for, else those that the run had or its parents, else all.
+
+        Raises:
+            ValueError: if parents of a new run were trained on episodes that it would hold out.
+        """
+        config, there, count = self.config, len(episodes), self.config.episodes
+        if config.resume:
+            count = self._reached()["config"].get("episodes") if count is None else count
+            return there if count is None else count
+        parents = self._parents()
+        theirs = common_split(parents, episodes.metadata)
+        count = min(theirs.get("episodes", there), there) if count is None else count
+        mine = {"seed": config.seed, "held_out": config.held_out, "episodes": count}
+        if mine != mine | theirs:
+            raise ValueError(
+                f"{', '.join(parents)}: expected the split of this recording that was trained with there, "
+                f"{as_options(theirs)}, got {as_options(mine)}: episodes known there would be held out here. Give these "
+                "options, or another recording."
+            )
+        return count
 
     def _begun(self) -> dict[str, Any]:
         """What else a resumed run has to know of how the run began, JSON."""

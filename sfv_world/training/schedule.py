@@ -53,7 +53,7 @@ class RunConfig:
     """Part of the episodes that is never trained on."""
     episodes: int | None = None
     """How many episodes of the recording are used, the first ones: to train on and to hold out. None: all that there are when the
-    run begins; a resumed run leaves out those recorded later."""
+    run begins, or as many as the world or the codec it begins with had of them; a resumed run leaves out those recorded later."""
     validate_minutes: float = 2.0
     """Minutes between validations, samples and checkpoints."""
     seed: int = 0

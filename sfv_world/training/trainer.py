@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from sfv_world.checkpoint import MODEL, STARTS, load_autoencoder, save_model
+from sfv_world.checkpoint import MODEL, STARTS, load_autoencoder, read_world, save_model
 from sfv_world.codec.latent import LatentCodec
 from sfv_world.data.clips import ClipSampler
 from sfv_world.film import compare
 from sfv_world.given import alone_in
-from sfv_world.loading import save_starts
-from sfv_world.model import WorldModel, model_config
+from sfv_world.loading import find_world, save_starts
+from sfv_world.model import ModelConfig, WorldModel, model_config
 from sfv_world.released.adapted import AdaptedModel
 from sfv_world.training.adapt import adapt
 from sfv_world.training.config import PRESETS, TrainConfig
@@ -143,6 +143,14 @@ class Trainer(Run):
         if self.group.first:
             save_starts(config.out, self.held_out, frames=self._context)
             save_model(config.out, model, {**about, "before": self.before})
+
+    def _parents(self) -> dict[str, dict[str, Any]]:
+        config, parents = self.config, {}
+        if config.codec:
+            parents["codec"] = load_autoencoder(config.codec)[1]
+        if config.init and not config.freeze_backbone:
+            parents["init"] = read_world(find_world(config.init), ModelConfig)[2]
+        return parents
 
     def _begun(self) -> dict[str, Any]:
         return {"init": self.config.init and str(self.config.init), "before": self.before}
