@@ -21,7 +21,7 @@ import pytest
 from gymnasium import spaces
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
-from recorded import assert_same
+from recorded import assert_same, record
 
 from sfv_world.data import collect as collecting
 from sfv_world.data.clips import Clips, ClipSampler, load_episodes
@@ -407,6 +407,28 @@ def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
     MinariStorage.new(tmp_path / "empty", spaces.Box(0, 255, (8, 8, 3), np.uint8), spaces.Discrete(2))
     with pytest.raises(ValueError, match="at least one episode, got none"):
         load_episodes(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "actions",
+            1.0001,
+            r"action: expected values inside Box\(-1.0, 1.0, \(2,\), float32\), got .* to 1.0001.* Record again",
+        ),
+        ("actions", np.nan, "action: expected finite numbers, got NaN or infinity. Record again"),
+        ("rewards", np.nan, "reward: expected a finite number, got nan. Record again"),
+        ("rewards", -np.inf, "reward: expected a finite number, got -inf"),
+    ],
+)
+def test_steps_that_no_world_learns_from_are_told(tmp_path: Path, name: str, value: float, said: str) -> None:
+    path = record(tmp_path / "d", spaces.Box(-1, 1, (2,)), lengths=(3, 6, 2, 4))
+    load_episodes(path)
+    with h5py.File(path / "main_data.hdf5", "a") as file:
+        file["episode_1"][name][-1] = value  # the action at an episode's last frame but one
+    with pytest.raises(ValueError, match=rf"d, episode 1, step 4: {said}"):
+        load_episodes(path)
 
 
 def test_clips_of_nested_actions(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from gymnasium.vector.utils import create_empty_array
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from minari.dataset.minari_storage import MinariStorage
 
+from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.images import REPEATED_SCREEN, image_key
 
 Actions = Any
@@ -131,7 +132,8 @@ def load_episodes(path: str | Path) -> Episodes:
             observation or its entry "screen", "image" or "pixels", RGB or gray.
 
     Raises:
-        ValueError: if there is no dataset, it has no images, or it has no episodes.
+        ValueError: if there is no dataset, it has no images or no episodes, or there is a step whose action is outside its space or
+            whose reward is not finite.
     """
     path = Path(path)
     try:
@@ -178,7 +180,7 @@ def load_episodes(path: str | Path) -> Episodes:
         row = end
     if frames is None or row != total:
         raise ValueError(f"{path}: expected {total} frames, as its metadata says, got others. Copy or record it again.")
-    return Episodes(
+    episodes = Episodes(
         frames=frames,
         actions=actions,
         rewards=rewards,
@@ -189,6 +191,8 @@ def load_episodes(path: str | Path) -> Episodes:
         action_space=storage.action_space,
         metadata={name: metadata[name] for name in ("dataset_id", "recipe", "fps") if name in metadata},
     )
+    _check_steps(path, episodes)
+    return episodes
 
 
 def _whole(path: Path, episodes: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -199,6 +203,31 @@ def _whole(path: Path, episodes: Iterable[dict[str, Any]]) -> Iterator[dict[str,
         raise ValueError(
             f"{path}: expected whole episodes, got some that cannot be read ({error}). Copy or record it again."
         ) from error
+
+
+def _check_steps(path: Path, data: Episodes) -> None:
+    """Raises a ValueError at the first episode with an action outside its space or a reward that is not finite."""
+
+    def problem(first: int, end: int) -> str:
+        try:
+            flatten_actions(data.action_space, take(data.actions, slice(first, end)), (end - first,), "action")
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    action_size(data.action_space)  # raises, if worlds take none of such actions
+    for k, (start, last) in enumerate(zip(data.starts.tolist(), (data.ends - 1).tolist(), strict=True)):
+        if problem(start, last):
+            row = next(row for row in range(start, last) if problem(row, row + 1))
+            raise ValueError(
+                f"{path}, episode {k}, step {row - start}: {problem(row, row + 1)} Record again with actions clipped to it, or "
+                "correct this one."
+            )
+        for step in np.flatnonzero(~np.isfinite(data.rewards[start + 1 : last + 1])):
+            raise ValueError(
+                f"{path}, episode {k}, step {step}: reward: expected a finite number, got {data.rewards[start + 1 + step]}. "
+                "Record again without such rewards, or correct this one."
+            )
 
 
 @dataclass(frozen=True)
