@@ -157,8 +157,10 @@ def test_codecs_that_do_not_fit(home, tmp_path):
     save_autoencoder(wide, Autoencoder(AutoencoderConfig(32, 32, space=4, latents=2, base=16)))
     with pytest.raises(ValueError, match=r"codec: expected one of frames of 16 x 24.*got one of 32 x 32.*train-codec"):
         Trainer(replace(config, codec=wide))
-    with pytest.raises(ValueError, match=r"patch must divide the latents' rows and columns, got patch 3 for 4 x 6"):
-        Trainer(replace(config, codec=home / "codec", patch=3))
+    for patch in (3, 0, -2):
+        message = f"patch must divide the latents' rows and columns, got patch {patch} for 4 x 6"
+        with pytest.raises(ValueError, match=message):
+            Trainer(replace(config, codec=home / "codec", patch=patch))
     with pytest.raises(ValueError, match=r"steps, minutes: expected at least one"):
         TrainCodecConfig(home / "data", tmp_path)
     again = TrainCodecConfig(home / "data", home / "codec", steps=1, device="cpu")

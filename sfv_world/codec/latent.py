@@ -131,7 +131,7 @@ class LatentCodecConfig:
 
     def __post_init__(self) -> None:
         rows, columns, _ = self.signal
-        if rows % self.patch or columns % self.patch:
+        if self.patch < 1 or rows % self.patch or columns % self.patch:
             raise ValueError(
                 f"patch must divide the latents' rows and columns, got patch {self.patch} for {rows} x {columns}"
             )
