@@ -49,7 +49,7 @@ class Saved(Protocol):
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to beside `path`, moved there if nothing went wrong and removed if something did."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(_beside(path.name, os.getpid()))
     try:
         beside.touch()
         mode = beside.stat().st_mode  # that of any new file here, which some libraries do not keep to
@@ -58,6 +58,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes left that were killed while `replacing` a path, or all of a pattern; none may be at it now."""
+    for found in path.parent.glob(_beside(path.name, "*")):
+        if found.suffix[1:].isdigit():
+            found.unlink(missing_ok=True)
+
+
+def _beside(name: str, process: int | str) -> str:
+    """Under which name a process writes a file."""
+    return f".{name}.{process}"
 
 
 def check_vacant(folder: Path, what: str, *names: str) -> None:

@@ -158,11 +158,14 @@ def test_a_state_is_whole_or_the_one_before(tmp_path, monkeypatch):
     save_state(path, {"x": torch.ones(3)}, {"step": 1}, ALONE)
 
     def full(*arguments):
+        (tmp_path / "training.b").mkdir(exist_ok=True)
+        (tmp_path / "training.b/half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(OSError, match="training.b: expected to write the state.*No space left"):
         save_state(path, {"x": torch.full((3,), 2.0)}, {"step": 2}, ALONE)
+    assert {found.name for found in tmp_path.iterdir()} == {"training.json", "training.a"}
     load_state(path, found, ALONE)
     assert found["x"].tolist() == [1, 1, 1] and json.loads(path.read_text())["step"] == 1
     (shard,) = (tmp_path / "training.a").iterdir()

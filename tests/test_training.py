@@ -1,6 +1,7 @@
 """Training: it learns, resumes exactly, and a run that goes wrong leaves the last good checkpoint."""
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from gymnasium import spaces
 from recorded import LENGTHS, record, said
 from tiny import normal
 
-from sfv_world.checkpoint import CONFIG, MODEL, load_model, load_tensors
+from sfv_world.checkpoint import CONFIG, MODEL, STARTS, load_model, load_tensors, replacing
 from sfv_world.data.clips import load_episodes
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.evaluation import split_as_trained
@@ -163,6 +164,30 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(config, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         train(replace(config, steps=7, resume=True))
     assert good == files(config)
+
+
+def test_what_a_killed_run_was_writing_is_removed_by_the_next(config, monkeypatch):
+    """And nothing else: neither what others write there nor what they keep."""
+    train(config)
+    (config.out / ".results.json.77").touch()
+    (config.out / ".model.safetensors.old").touch()
+    kept = files(config)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path, target):
+        raise Killed
+
+    for path in (config.out / STATE, config.out / MODEL, config.out / STARTS, config.out / "samples/000006.mp4"):
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(os, "replace", killed)
+            patched.setattr(Path, "unlink", lambda *arguments, **options: None)  # SIGKILL leaves no time for it
+            with replacing(path):
+                pass
+    assert len(files(config)) == len(kept) + 4
+    train(replace(config, resume=True))
+    assert files(config) == kept
 
 
 def test_the_world_is_the_moving_average(config):

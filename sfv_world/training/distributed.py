@@ -177,7 +177,9 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, An
     try:
         with _quiet():
             dcp.save(dict(tensors), storage_writer=writer, no_dist=group.size == 1)
-    except CheckpointException as error:
+    except CheckpointException as error:  # on all processes: none writes any more
+        if group.first:
+            shutil.rmtree(path.parent / name, ignore_errors=True)
         raise OSError(f"{path.parent / name}: expected to write the state of the run, got {_cause(error)}.") from error
     if group.first:
         with replacing(path) as beside:

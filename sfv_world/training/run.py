@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 
-from sfv_world.checkpoint import CODEC, CONFIG, check_vacant
+from sfv_world.checkpoint import CODEC, CONFIG, MODEL, STARTS, check_vacant, remove_leftovers
 from sfv_world.data.clips import Episodes, load_episodes
 from sfv_world.data.split import as_options, common_split
 from sfv_world.given import set_threads
@@ -30,6 +30,8 @@ from sfv_world.training.distributed import ALONE, Group, gathered, load_state, s
 from sfv_world.training.schedule import RunBar, RunConfig, progress, rate
 
 STATE = "training.json"
+WRITTEN = (STATE, CONFIG, MODEL, STARTS, CODEC, "reconstructions.png", "samples/*")
+"""Files of runs, each of which is whole or not there: patterns."""
 
 
 class Run(ABC):
@@ -89,6 +91,8 @@ class Run(ABC):
     def run(self) -> dict[str, float]:
         """Trains to the end and returns the last validation's numbers."""
         config, first = self.config, self.group.first
+        for name in WRITTEN if first else ():
+            remove_leftovers(config.out / name)
         validation: dict[str, float] = {}
         if progress(config, self.step, self.elapsed) >= 1:
             if first:
