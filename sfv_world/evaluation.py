@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sfv_world.card import model_card, tables
 from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import Clips, ClipSampler, Episodes, load_episodes, take
+from sfv_world.data.split import recording_of
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, decibels, imagine, long_clips, long_starts
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
@@ -138,12 +139,11 @@ def split_as_trained(world: World, data: Path) -> tuple[Episodes, Episodes]:
             f"data: expected frames {expected[0]} and actions {expected[1]} as the world {world.name} has, got {found[0]} "
             f"and {found[1]}. Give the recording it was trained on."
         )
-    for name in ("dataset_id", "recipe"):
-        of_world, of_data = (about.get(name) for about in (world.about.get("data", {}), episodes.metadata))
-        if of_world is not None and of_data is not None and of_world != of_data:
-            raise ValueError(
-                f"data: expected the recording that {world.name} was trained on, with {name} {of_world!r}, got {of_data!r}."
-            )
+    of_world, of_data = (recording_of(about) for about in (world.about.get("data", {}), episodes.metadata))
+    if of_world is not None and of_data is not None and of_world != of_data:
+        raise ValueError(
+            f"data: expected the recording that {world.name} was trained on, {of_world!r}, got {of_data!r}."
+        )
     return episodes.split(run["held_out"], run["seed"], run.get("episodes"))
 
 

@@ -1,6 +1,5 @@
 """What evaluation measures, against recordings whose numbers are known, and the world's own verbs."""
 
-import json
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 from recorded import trained
 
-from sfv_world import load_world
+from sfv_world import World, load_world
 from sfv_world.data.clips import take
 from sfv_world.evaluation import EvaluateConfig, _error, density, evaluate, outcomes, rollouts, split_as_trained
 
@@ -128,13 +127,17 @@ def test_errors_are_those_of_independent_episodes():
 
 
 def test_another_recording_is_refused(home, world):
-    for name, other in (("dataset_id", "another-v0"), ("recipe", {"env": "another"})):
-        about = json.loads(json.dumps(world.about))
-        about["data"] = {**ABOUT, name: other}
+    def trained_on(**data):
+        return World(world.model, about={**world.about, "data": data})
+
+    split_as_trained(
+        trained_on(dataset_id="copied-v0", recipe=ABOUT["recipe"]), home / "data"
+    )  # it is what made it that counts
+    for data in ({"dataset_id": "made-up-v0", "recipe": {"env": "else"}}, {"dataset_id": "else-v0"}):
         with pytest.raises(
-            ValueError, match=rf"data: expected the recording that .* was trained on, with {name} .*another"
+            ValueError, match=r"data: expected the recording that .* was trained on, .*else.*, got .*made up"
         ):
-            split_as_trained(type(world)(world.model, about=about), home / "data")
+            split_as_trained(trained_on(**data), home / "data")
 
 
 def test_episodes_too_short_to_roll_out_are_told(home, build_world, tmp_path):

@@ -17,8 +17,8 @@ def common_split(parents: Mapping[str, Mapping[str, Any]], data: Mapping[str, An
     common: dict[str, Any] = {}
     agreed: list[str] = []
     for option, about in parents.items():
-        recording, training = _recording(about.get("data") or {}), about.get("training") or {}
-        if recording is None or recording != _recording(data):
+        recording, training = recording_of(about.get("data") or {}), about.get("training") or {}
+        if recording is None or recording != recording_of(data):
             continue
         theirs = {name: training[name] for name in ("seed", "held_out", "episodes") if training.get(name) is not None}
         if any(common.get(name, value) != value for name, value in theirs.items()):
@@ -37,6 +37,6 @@ def as_options(split: Mapping[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in split.items())
 
 
-def _recording(data: Mapping[str, Any]) -> Any:
+def recording_of(data: Mapping[str, Any]) -> Any:
     """What tells a recording from others, if anything does: its recipe decides every episode, in whatever folder."""
     return data.get("recipe") or data.get("dataset_id")
