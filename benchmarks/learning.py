@@ -65,7 +65,7 @@ class LearningConfig:
     context: int = 8
     """Observed frames before a rollout."""
     frames: int = 4000
-    """Held-out frames to score, at least."""
+    """Held-out frames to score, at most, each once."""
     batches: tuple[int, ...] = (1, 32)
     """Batch sizes at which steps are timed."""
     steps: int = 200
@@ -120,7 +120,7 @@ def measure(folder: Path, config: LearningConfig) -> dict[str, Any]:
     return {
         "held_out_bits_per_dim": found["bits_per_dim"],
         "bits_without_loss": lossless(world, train, held_out, config.clips, config.seed)["bits_per_colour_value"],
-        **{f"psnr_{horizon}": value for horizon, value in rolled["psnr_of_the_mean"]["psnr"].items()},
+        **{f"psnr_{horizon}": value for horizon, value in rolled["psnr_of_the_mean"]["decibels"].items()},
         "deep_sweeps": rolled["deep_sweeps"],
         "shallow_sweeps": rolled["shallow_sweeps"],
         "largest_certificate": rolled["largest_certificate"],

@@ -20,7 +20,7 @@ def tables(results: dict[str, Any]) -> str:
     """The results as Markdown; bits are per colour value of a world of pixels, per latent of a world of latents."""
     density, outcomes, rolled = results["density"], results["outcomes"], results["rollouts"]
     unit, shown = density["unit"], "noise included" if rolled["noised"] else "cleaned"
-    horizons = list(rolled["psnr_of_one"]["psnr"])
+    horizons = list(rolled["psnr_of_one"]["decibels"])
     lines = [
         f"**Density**, {density['frames']} held-out {unit}s at noise {density['noise']}, bits per {density['dimension']} (lower is better; "
         f"{density['bits_per_frame']:,.0f} a {unit}):",
@@ -42,9 +42,10 @@ def tables(results: dict[str, Any]) -> str:
         "psnr_of_one": f"one imagined rollout, {shown}",
         "psnr_of_copying": "copy of the last observed frame",
         "psnr_of_the_codec": f"the real frame through the codec{', noise included' * rolled['noised']}",
+        "gain_over_copying": "gain of the mean over the copy, of the same frames",
     }
     for key, name in names.items():
-        found, error = rolled[key]["psnr"], rolled[key]["error"]
+        found, error = rolled[key]["decibels"], rolled[key]["error"]
         lines.append(f"| {name} | " + " | ".join(f"{found[n]:.1f} ± {error[n]:.1f}" for n in horizons) + " |")
     lines += [
         "",

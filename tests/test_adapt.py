@@ -138,7 +138,7 @@ def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config
     with av.open(str(tmp_path / "demo/demo.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == 7
         assert film.streams.video[0].average_rate == 10
-    assert cv2.imread(str(tmp_path / "demo/demo.png")).shape == (2 * 2 * 16, 16 * 24, 3)
+    assert cv2.imread(str(tmp_path / "demo/demo.png")).shape == (2 * 2 * 16, 7 * 24, 3)
     assert 2 <= len(told) <= 4  # CartPole falls after eight to ten frames: five are context
 
 

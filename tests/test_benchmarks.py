@@ -95,7 +95,7 @@ def test_decoding_says_what_a_grid_must_be(benchmark, recording, capsys):
 
 def test_learning(recording, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    codec = ("train-codec", "--data", recording, "--out", "codec", "--steps", 3, "--base", 32, "--threads", 1)
+    codec = ("train-codec", "--data", recording, "--out", "codec", "--steps", 3, "--held-out", 0.4, "--base", 32)
     subprocess.run([sys.executable, "-m", "sfv_world", *map(str, codec)], check=True, capture_output=True, timeout=300)
     kinds = ("--kinds", "frame-parallel", "autoregressive", "latent", "--codec", "codec")
     training = ("--minutes", 0.005, "--preset", "tiny", "--window", 3, "--clip", 4, "--held-out", 0.4)
@@ -113,7 +113,6 @@ def test_learning(recording, tmp_path, monkeypatch):
         *measuring,
         *kinds,
     )
-    # A process of its own, without shape checks: evaluation normalises by fields that have no rows.
     command = [sys.executable, BENCHMARKS / "learning.py", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

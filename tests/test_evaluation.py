@@ -112,10 +112,13 @@ def test_the_rewards_baseline_is_told_of_the_end_as_the_world_is(world, split):
 def test_copying_falls_behind_as_frames_change(home, world, split):
     config = EvaluateConfig(str(home / "world"), home / "data", clips=12, rollouts=2, context=3)
     found = rollouts(world, split[1], config)
-    for horizon, decibels in found["psnr_of_copying"]["psnr"].items():
+    for horizon, decibels in found["psnr_of_copying"]["decibels"].items():
         assert decibels == pytest.approx(20 * math.log10(255 / (STEP * horizon)))
         assert found["psnr_of_copying"]["error"][horizon] == pytest.approx(0, abs=1e-9)  # in all clips the same
-        assert found["psnr_of_the_mean"]["psnr"][horizon] > found["psnr_of_one"]["psnr"][horizon]
+        of_mean, gain = found["psnr_of_the_mean"], found["gain_over_copying"]
+        assert of_mean["decibels"][horizon] > found["psnr_of_one"]["decibels"][horizon]
+        assert gain["decibels"][horizon] == pytest.approx(of_mean["decibels"][horizon] - decibels)
+        assert gain["error"][horizon] == pytest.approx(of_mean["error"][horizon])  # the copy's has none
         assert found["psnr_of_one"]["error"][horizon] > 0
 
 
