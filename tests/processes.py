@@ -1,8 +1,9 @@
 """Trains runs on one, two or three processes, for `test_distributed`: python tests/processes.py PLAN.json ENDS.json
 
-PLAN lists [processes, runs]. A run is the fields of a `TrainConfig`; `stop` leaves it before that step as a kill would,
+PLAN lists [processes, run]. A run is the fields of a `TrainConfig`; `stop` leaves it before that step as a kill would,
 `poison` makes the loss of the last process NaN at that step. ENDS gets what ended each run, by its folder's name, as every
-process tells it. The processes are forked, so that they need not import everything again.
+process tells it. A run has processes of its own, as `torchrun` would start them, but forked, so that they need not import
+everything again.
 """
 
 import faulthandler
@@ -64,34 +65,31 @@ def train(options: dict[str, Any], group: Group) -> str:
         return "done"
     except (Killed, ValueError, FloatingPointError) as error:
         return str(error)
-    finally:
-        trainer.world_loss = real_loss
 
 
-def process(rank: int, size: int, port: int, runs: list[dict[str, Any]], files: list[Path]) -> None:
-    """One process of `size`, as `torchrun` would start it; it says where it was if it crashes."""
+def process(rank: int, size: int, port: int, run: dict[str, Any], files: list[Path]) -> None:
+    """One process of `size`; it says where it was if it crashes."""
     faulthandler.enable()
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     with joined("cpu") as group:
-        files[rank].write_text(json.dumps([train(run, group) for run in runs]))
+        files[rank].write_text(train(run, group))
 
 
 def main(plan: Path, ends: Path) -> None:
-    """Trains everything, one group of processes after the other."""
+    """Trains everything, one run after the other."""
     found: dict[str, list[str]] = {}
-    for size, runs in json.loads(plan.read_text()):
+    for size, run in json.loads(plan.read_text()):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         files = [ends.with_suffix(f".{rank}") for rank in range(size)]
         context = torch.multiprocessing.start_processes(
-            process, (size, port, runs, files), size, join=False, start_method="fork"
+            process, (size, port, run, files), size, join=False, start_method="fork"
         )
         while not context.join():
             pass
-        told = [json.loads(file.read_text()) for file in files]
-        found |= {Path(run["out"]).name: list(each) for run, each in zip(runs, zip(*told, strict=True), strict=True)}
+        found[Path(run["out"]).name] = [file.read_text() for file in files]
     ends.write_text(json.dumps(found))
 
 

@@ -71,23 +71,20 @@ def home(tmp_path_factory):
     drafted = {"kind": "autoregressive", "bands": 0, "objective": {"score_every": 2}}
     shards = {"parallel": "fully-shard"}
     plan = [
-        (1, [run("one"), run("one-drafted", **drafted), run("from-one", stop=1)]),
-        (
-            2,
-            [
-                run("copies"),
-                run("shards", **shards),
-                run("drafted", **drafted, **shards),
-                run("from-one", resume=True, **shards),
-                run("to-three", stop=1, **shards),
-                run("to-one", stop=2),
-                run("poisoned", poison=1),
-                run("poisoned-shards", poison=1, **shards),
-                run("odd", batch=3),
-            ],
-        ),
-        (3, [run("to-three", resume=True, **shards)]),
-        (1, [run("to-one", resume=True)]),
+        (1, run("one")),
+        (1, run("one-drafted", **drafted)),
+        (1, run("from-one", stop=1)),
+        (2, run("copies")),
+        (2, run("shards", **shards)),
+        (2, run("drafted", **drafted, **shards)),
+        (2, run("from-one", resume=True, **shards)),
+        (2, run("to-three", stop=1, **shards)),
+        (2, run("to-one", stop=2)),
+        (2, run("poisoned", poison=1)),
+        (2, run("poisoned-shards", poison=1, **shards)),
+        (2, run("odd", batch=3)),
+        (3, run("to-three", resume=True, **shards)),
+        (1, run("to-one", resume=True)),
     ]
     (home / "plan.json").write_text(json.dumps(plan))
     python(TESTS / "processes.py", home / "plan.json", home / "ends.json")
