@@ -155,65 +155,69 @@ def density(world: World, train: Episodes, held_out: Episodes, frames: int, seed
     Frames are read in clips of up to 16 steps, which overlap in one: all but an episode's first frame have 1 to 15 before them.
     A dimension is a colour value or, in a latent world, a latent; bits of one kind of world say nothing beside those of the other.
     Where a step has several frames, frames are steps.
-
-    The fitted copy is a Gaussian around the clean last frame with a mean and a scale for every channel of a token, fitted to the
-    training episodes with the same noise; the world sees only noised frames.
     """
-    model, time, longest = world.model, world.time, int(held_out.lengths.max()) - 1
-    noise, dimensions = model.config.noise, model.config.dimensions
-    length = min(16, 1 + (longest - 1) // time)  # in steps
-    rows = 16 if time == 1 else 1
-    span, generator = (length - 1) * time, torch.Generator().manual_seed(seed)
-
-    def noisy(draw: Any, shape: tuple[int, ...]) -> torch.Tensor:
-        return draw(shape, generator=generator).to(world.device)
-
-    def differences(clips: Clips) -> torch.Tensor:
-        """Tokens of every step of clips, noised, less the clean ones of the step before it."""
-        found = []
-        for part in torch.from_numpy(clips.frames).split(rows):
-            given = part.to(world.device)
-            clean = model.codec.encode(model.codec.signal(given))
-            dequantised = model.codec.signal(given, noisy(torch.rand, tuple(given.shape)))
-            tokens = model.codec.encode(dequantised + noise * noisy(torch.randn, tuple(dequantised.shape)))
-            found.append((tokens[:, 1:] - clean[:, :-1]).cpu())
-        return torch.cat(found)
-
-    def counted(clips: Clips) -> torch.Tensor:
-        """Which steps of clips but the first are whole and no repeated screen."""
-        steps = Batch.from_clips(clips, model)
-        return (steps.valid & ~steps.terminal)[:, 1:].cpu()
-
-    alike = 0 if time == 1 else 1  # a video's first latent frame is of one frame only: those after it are alike
-    fitted = long_clips(train, 4000 // (length - 1) if time == 1 else rows, 1 + span, seed)
-    fit = differences(fitted)[:, alike:].flatten(0, -2)
+    model, time = world.model, world.time
+    length = min(16, 1 + (int(held_out.lengths.max()) - 2) // time)  # in steps
+    span = (length - 1) * time
     starts = np.concatenate([np.arange(s, e - 1, span) for s, e in zip(held_out.starts, held_out.ends, strict=True)])
-    starts = np.sort(np.random.default_rng(seed).permutation(starts)[: math.ceil(frames / (length - 1))])
+    starts = np.sort(np.random.default_rng(seed).permutation(starts)[: max(1, frames // (length - 1))])
     clips = ClipSampler(held_out, 1 + span, len(starts)).clips(starts)
-    inside, found = counted(clips), differences(clips)
-    fields = Fields(fit.mean(0).expand_as(found), fit.std(0).expand_as(found))
-    z, log_det = fields.normalise(found)
-    copy = (standard_normal_log_prob(z) + log_det).sum(-1) + model.codec.log_det.cpu()
-    alike_ones = copy[:, alike:][inside[:, alike:]]
+    steps = Batch.from_clips(clips, model)
+    counted = (steps.valid & ~steps.terminal)[:, 1:].cpu()
 
-    parts = np.array_split(np.arange(len(starts)), math.ceil(len(starts) / rows))
+    parts = np.array_split(np.arange(len(starts)), math.ceil(len(starts) / _at_once(world)))
     bits = torch.cat(
         [world.score(clips.frames[part], take(clips.actions, part), part).bits_per_dim.cpu() for part in parts]
     )[:, 1:]
-    later = inside & (torch.arange(length - 1) >= length // 2 - 1)
-    totals = torch.stack([torch.where(inside, bits, 0.0).sum(1), inside.sum(1)], dim=1).numpy()
+    later = counted & (torch.arange(length - 1) >= length // 2 - 1)
+    totals = torch.stack([torch.where(counted, bits, 0.0).sum(1), counted.sum(1)], dim=1).numpy()
+    noise = model.config.noise
     return {
-        "bits_per_dim": bits[inside].mean().item(),
+        "bits_per_dim": bits[counted].mean().item(),
         "bits_per_dim_error": _error(totals, held_out.of_rows(starts), lambda means: means[:, 0] / means[:, 1]),
         "bits_per_dim_full_context": bits[later].mean().item(),
-        "bits_per_dim_fitted_copy": (-alike_ones.mean() / (dimensions * math.log(2))).item(),
+        "bits_per_dim_fitted_copy": _fitted_copy(world, train, clips, counted, seed),
         "bits_per_dim_of_the_noise": math.log2(noise * math.sqrt(2 * math.pi * math.e)),
-        "bits_per_frame": bits[inside].mean().item() * dimensions,
+        "bits_per_frame": bits[counted].mean().item() * model.config.dimensions,
         "noise": noise,
         "dimension": "colour value" if model.codec.shows_noise else "latent",
         "unit": "frame" if time == 1 else "step",
-        "frames": int(inside.sum()),
+        "frames": int(counted.sum()),
     }
+
+
+def _fitted_copy(world: World, train: Episodes, clips: Clips, counted: Bool[torch.Tensor, "b t"], seed: int) -> float:
+    """Bits per dimension of the counted steps of clips under a Gaussian around the clean frame before.
+
+    It has a mean and a scale for every channel of a token, fitted to as long clips of training with the same noise; the world, to
+    which it is compared, sees only noised frames.
+    """
+    codec, generator = world.model.codec, torch.Generator().manual_seed(seed)
+
+    def differences(frames: UInt8[np.ndarray, "b n h w 3"]) -> Float[torch.Tensor, "b t l c"]:
+        """Tokens of every step but the first, noised, less the clean ones of the step before."""
+        found = []
+        for part in torch.from_numpy(frames).split(_at_once(world)):
+            given, uniform = part.to(world.device), torch.rand(part.shape, generator=generator).to(world.device)
+            signal = codec.signal(given, uniform)
+            normal = torch.randn(signal.shape, generator=generator).to(world.device)
+            tokens = codec.encode(signal + world.model.config.noise * normal)
+            found.append((tokens[:, 1:] - codec.encode(codec.signal(given))[:, :-1]).cpu())
+        return torch.cat(found)
+
+    first = 0 if world.time == 1 else 1  # a video's first latent frame is of one frame only: those after it are alike
+    rows = 4000 // counted.shape[1] if world.time == 1 else 1
+    fit = differences(long_clips(train, rows, clips.frames.shape[1], seed).frames)[:, first:].flatten(0, -2)
+    found = differences(clips.frames)[:, first:]
+    fields = Fields(fit.mean(0).expand_as(found), fit.std(0).expand_as(found))
+    z, log_det = fields.normalise(found)
+    log_prob = (standard_normal_log_prob(z) + log_det).sum(-1) + codec.log_det.cpu()
+    return -log_prob[counted[:, first:]].mean().item() / (world.model.config.dimensions * math.log(2))
+
+
+def _at_once(world: World) -> int:
+    """Clips of 16 steps that are read at once."""
+    return 16 if world.time == 1 else 1
 
 
 def outcomes(world: World, train: Episodes, held_out: Episodes, seed: int, limit: int = 200) -> dict[str, Any]:

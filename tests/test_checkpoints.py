@@ -42,3 +42,21 @@ def test_a_shipped_world_steps_and_knows_likely_from_unlikely(name):
     shuffled = frames.copy()
     shuffled[:, -1] = shuffled[:, -1].reshape(1, -1, 3)[:, ::-1].reshape(shuffled[:, -1].shape)
     assert world.score(frames).bits_per_dim[0, -1] < world.score(shuffled).bits_per_dim[0, -1] - 0.2
+
+
+def test_the_readme_says_what_was_measured():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for name in NAMES:
+        results, behaviour = (
+            json.loads(Path(SHIPPED, name, file).read_text()) for file in ("results.json", "behaviour.json")
+        )
+        density, rolled, played = results["density"], results["rollouts"], behaviour["random_play"]
+        assert f"{density['bits_per_dim']:.3f}" in readme and f"± {density['bits_per_dim_error']:.3f}" in readme
+        for which in ("psnr_of_the_mean", "gain_over_copying"):
+            assert " / ".join(f"{found:.1f}" for found in rolled[which]["decibels"].values()) in " ".join(
+                readme.split()
+            )
+        for play in (played["imagined"], played["real"]) if name != "doom-camera" else ():  # whose episodes have no end
+            assert f"{100 * play['ended']['mean']:.0f} ± {100 * play['ended']['error']:.0f}%" in readme
+            for what in ("steps", "return"):
+                assert f"{play[what]['mean']:.0f} ± {play[what]['error']:.0f}" in readme
