@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,6 @@ from sfv_world.loading import load_world
 from sfv_world.state import WorldOutput, WorldState
 from sfv_world.transfer import Fetch
 from sfv_world.world import World
-
-if hasattr(os, "register_at_fork"):  # as Gymnasium's AsyncVectorEnv does, by default
-    # Torch's other threads stay behind in the parent; whoever gave them work in the child would wait for ever.
-    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 ENLARGED = 8
 """Side of a pixel in the window of render mode "human"."""
@@ -248,9 +243,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         actions = options.get("actions")
         if actions is None or (frames.shape[1] == 1 and np.ndim(actions) > 0 and len(actions) == 0):
             return frames, None
-        flatten_actions(
-            self.action_space, actions, (frames.shape[1] - 1,)
-        )  # says what is wrong with them as they were given
+        flatten_actions(self.action_space, actions, (frames.shape[1] - 1,))  # as it does that of a step
         return frames, _one(self.action_space, actions)
 
 
