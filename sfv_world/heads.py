@@ -40,13 +40,19 @@ class Outcome(NamedTuple):
 
 
 class OutcomeHeads(nn.Module):
-    """Pools a frame's slots by learned queries and predicts whether the episode ended with it, and its reward."""
+    """Pools a frame's slots, by learned queries and their mean, and predicts whether the episode ended with it, and its reward.
+
+    Args:
+        width: channels of a slot.
+        queries: how many; 0 for frames of one slot, which is its mean.
+        hidden: width of the hidden layer.
+    """
 
     bins: Tensor
 
     def __init__(self, width: int, queries: int = 4, hidden: int = 128):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(queries, width) / width**0.5)
+        self.queries = nn.Parameter(torch.randn(queries, width) / width**0.5) if queries else None
         output = nn.Linear(hidden, 2 * BINS + 1)
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
@@ -56,9 +62,11 @@ class OutcomeHeads(nn.Module):
 
     def forward(self, features: Float[Tensor, "*b l w"]) -> Outcome:
         """Features of the slots of frames -> logits of their rewards and terminations."""
-        weights = (features @ self.queries.T).softmax(dim=-2)
-        pooled = rearrange(weights.mT @ features, "... q w -> ... (q w)")
-        output = self.mlp(torch.cat([pooled, features.mean(-2)], dim=-1)).float()
+        pooled = features.mean(-2)
+        if self.queries is not None:
+            weights = (features @ self.queries.T).softmax(dim=-2)
+            pooled = torch.cat([rearrange(weights.mT @ features, "... q w -> ... (q w)"), pooled], dim=-1)
+        output = self.mlp(pooled).float()
         return Outcome(rearrange(output[..., 1:], "... (two k) -> ... two k", two=2), output[..., 0])
 
     def rewards(self, outcome: Outcome) -> Float[Tensor, "*b 2"]:

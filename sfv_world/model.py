@@ -95,7 +95,7 @@ class WorldModel(nn.Module):
             self.codec = PixelCodec(config.codec)
         self.controls = ControlEncoder(action_size(action_space), config.flow.control_width, config.control_tokens)
         self.flow = VideoFlow(config.flow)
-        self.heads = OutcomeHeads(config.flow.deep.width)
+        self.heads = OutcomeHeads(config.flow.deep.width, queries=4 if config.flow.kind == "frame-parallel" else 0)
         self.denoiser: Denoiser | None = None
         if config.denoiser:
             width = config.flow.deep.width

@@ -186,7 +186,7 @@ def test_two_processes_train_as_one_does(home, tmp_path):
         warmup=2, device="cpu",
     )  # fmt: skip
     plan, ends = tmp_path / "plan.json", tmp_path / "ends.json"
-    plan.write_text(json.dumps([[n, [{**shared, "out": str(tmp_path / str(n))}]] for n in (1, 2)]))
+    plan.write_text(json.dumps([[n, {**shared, "out": str(tmp_path / str(n))}] for n in (1, 2)]))
     command = [sys.executable, str(Path(__file__).parent / "processes.py"), str(plan), str(ends)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

@@ -112,7 +112,7 @@ class AdaptedModel(nn.Module):
         shape, size = backbone.flow.config, action_size(action_space)
         self.controls = ControlEncoder(config.codec.time * size, config.control_width, config.control_tokens)
         self.adapter = ControlAdapter(shape.deep_width, shape.layers_per_block[-1], config.control_width)
-        self.heads = OutcomeHeads(shape.deep_width)
+        self.heads = OutcomeHeads(shape.deep_width, queries=0)
         for name in ("text", "unconditional"):
             self.register_buffer(name, torch.zeros(1, shape.txt_size, shape.txt_dim))
 
