@@ -377,11 +377,7 @@ def _by_horizon(
     return found
 
 
-def _error(
-    values: Float[np.ndarray, "n k"],
-    episodes: Int64[np.ndarray, " n"],
-    statistic: Statistic,
-) -> float:
+def _error(values: Float[np.ndarray, "n k"], episodes: Int64[np.ndarray, " n"], statistic: Statistic) -> float:
     """Standard error of a statistic of means, by resampling episodes: what was seen in one is not independent."""
     group = np.unique(episodes, return_inverse=True)[1]
     counts = np.bincount(group).astype(float)
