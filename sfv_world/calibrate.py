@@ -5,6 +5,7 @@ fewer passes over tokens that are not settled; large ones fewer, larger operatio
 size gives the same frames, to the tolerance (`decoding.solver`).
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,10 +42,10 @@ class CalibrateConfig:
 
 def block_sizes(world: World) -> list[int | None]:
     """Sizes worth trying, the whole frame first; nothing else where no fixed point is solved."""
-    flow = world.model.config.flow
-    if flow.bands and flow.kind == "frame-parallel":
+    if world.direct:
         return [None]
-    sizes = [2**power for power in range(2, 10) if 2**power < flow.tokens]
+    tokens = math.prod(world.model.config.codec.grid)
+    sizes = [2**power for power in range(2, 10) if 2**power < tokens]
     return [None, *reversed(sizes)]
 
 
@@ -65,7 +66,7 @@ def seconds_a_step(world: World, steps: int, rows: int) -> float:
 
 def calibrate(config: CalibrateConfig) -> dict[int | None, float]:
     """Times every block size, stores the fastest with the world and returns the seconds of a step by size."""
-    world = load_world(config.world, config.device, released=False)
+    world = load_world(config.world, config.device)
     assert world.folder is not None, "a world that was loaded has a folder"
     base, found = world.decoding, {}
     bar = tqdm(block_sizes(world), unit="size")

@@ -33,14 +33,14 @@ class HorizonConfig:
     out: Path = Path("out/horizon")
     """Folder for results, plot and contact sheet."""
     frames: int = 1000
-    """Frames to imagine."""
+    """Frames to imagine; up to whole steps, where those have several frames."""
     rows: int = 8
     """Episodes to imagine; a judge is trained on half of them and tested on the others."""
     context: int = 8
-    """Real frames the world observes first."""
+    """Real frames the world observes first; up to whole steps."""
     restart: int | None = None
-    """Frames after which the world is reset to the last `context` frames it imagined, as the released models' chunks are; none: its
-    window slides on and nothing is ever reset."""
+    """Frames after which the world is reset to the last `context` frames it imagined, as the released models' chunks always are;
+    none: its window slides on and nothing is ever reset."""
     temperature: float = 1.0
     """Standard deviation of the noise; 1 samples the model's distribution."""
     project: bool = False
@@ -92,7 +92,7 @@ class Rollout(NamedTuple):
 
     frames: UInt8[np.ndarray, "b n h w 3"]
     bits: Float[np.ndarray, "b n"]
-    """Bits per dimension."""
+    """Bits per dimension, of a step those of each of its frames."""
     terminated: Bool[np.ndarray, "b n"]
     certificate: float
     """The largest."""
@@ -142,52 +142,59 @@ def beginnings(held_out: Episodes, episodes: Int[np.ndarray, "b"], config: Horiz
 
 def free_run(world: World, begin: Beginnings, config: HorizonConfig) -> Rollout:
     """Imagines on and on, under the context policy of the configuration."""
-    rows, context = begin.frames.shape[:2]
+    (rows, context), time = begin.frames.shape[:2], world.time
     cleaned = copy.copy(world)
     cleaned.decoding = replace(world.decoding, denoise="causal")
     frames = np.empty((rows, config.frames, *begin.frames.shape[2:]), np.uint8)
     bits, terminated, certificate = (np.zeros((rows, config.frames), dtype) for dtype in (float, bool, float))
 
-    def imagine(state: WorldState, rows: Int[np.ndarray, "b"], n: int) -> WorldState:
-        """Imagines frame `n` of the given rows, which are those of `state`."""
-        past = take(begin.actions, np.s_[rows, n : n + context])
-        before, action = take(past, np.s_[:, :-1]), take(past, np.s_[:, -1])
+    def imagine(state: WorldState, rows: Int[np.ndarray, "b"], step: int) -> WorldState:
+        """Imagines the frames of a step of the given rows, which are those of `state`."""
+        n, end = step * time, (step + 1) * time
+        action = take(begin.actions, np.s_[rows, context - 1 + n : context - 1 + end])
         if config.restart and n and n % config.restart == 0:
+            before = take(begin.actions, np.s_[rows, n : n + context - 1])
             seeds = state.seeds + len(begin.frames)  # or all chunks were of the same noise
             noised = world.model.codec.shows_noise
             state = world.reset(frames[rows, n - context : n], before, seeds, noised=noised)
         if config.project:
-            _, output = cleaned.step(state[:], action)
+            _, output = cleaned.step(state[:], action, held=False)
             seeds, state.seeds = state.seeds, state.seeds ^ NOISING  # or the frame's own noise would be added once more
-            state, _ = world.observe(state, action, output.frames)
+            state, _ = world.observe(state, action, output.frames, held=False)
             state.seeds = seeds
             shown = world.model.codec.frames(world.model.codec.decode(state.stream.tokens))
             output = output._replace(frames=shown)
         else:
-            state, output = world.step(state, action)
-        frames[rows, n], bits[rows, n] = output.frames.cpu().numpy(), output.bits_per_dim.cpu().numpy()
-        terminated[rows, n], certificate[rows, n] = output.terminated.cpu().numpy(), output.certificate.cpu().numpy()
+            state, output = world.step(state, action, held=False)
+        frames[rows, n:end] = output.frames.reshape(len(rows), time, *world.frame_shape).cpu().numpy()
+        bits[rows, n:end] = output.bits_per_dim.cpu().numpy()[:, None]
+        terminated[rows, end - 1] = output.terminated.cpu().numpy()
+        certificate[rows, end - 1] = output.certificate.cpu().numpy()
         return state
 
     everyone = np.arange(rows)
     seeds = config.seed * 1_000_000_007 + everyone
     state = mark = world.reset(begin.frames, take(begin.actions, np.s_[:, : context - 1]), seeds)
-    for n in tqdm(range(config.frames), desc="imagining", unit="frame"):
-        if config.survive and n % config.survive == 0:
+    steps, survive = config.frames // time, config.survive and -(-config.survive // time)
+    for step in tqdm(range(steps), desc="imagining", unit="step"):
+        if survive and step % survive == 0:
             mark = state[:]
-        state = imagine(state, everyone, n)
-        if config.survive and (n + 1 == config.frames or (n + 1) % config.survive == 0):
-            stretch = range(n - n % config.survive, n + 1)
+        state = imagine(state, everyone, step)
+        if survive and (step + 1 == steps or (step + 1) % survive == 0):
+            stretch = range(step - step % survive, step + 1)
             for attempt in range(ATTEMPTS):
-                ended = np.flatnonzero(terminated[:, stretch].any(axis=1))
+                ended = np.flatnonzero(terminated[:, stretch.start * time : stretch.stop * time].any(axis=1))
                 if len(ended) == 0:
                     break
                 again = mark[ended]
-                again.seeds = np.random.default_rng([config.seed, 2, n, attempt]).integers(2**63 - 1, size=len(ended))
-                for m in stretch:
-                    again = imagine(again, ended, m)
+                again.seeds = np.random.default_rng([config.seed, 2, step, attempt]).integers(
+                    2**63 - 1, size=len(ended)
+                )
+                for one in stretch:
+                    again = imagine(again, ended, one)
                 state.put(ended, again)
         if config.stop and terminated.any(axis=1).all():
-            frames[:, n + 1 :] = frames[:, n : n + 1]
+            done = (step + 1) * time
+            frames[:, done:] = frames[:, done - 1 : done]
             break
     return Rollout(frames, bits, terminated, float(certificate.max()))

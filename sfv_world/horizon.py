@@ -32,6 +32,7 @@ from sfv_world.film import as_shown, decibels, long_clips, write_image
 from sfv_world.free_run import Beginnings, HorizonConfig, Rollout, beginnings, choose_episodes, free_run, shown_frames
 from sfv_world.horizon_report import LEVEL, panels, table
 from sfv_world.loading import load_world
+from sfv_world.model import WorldModel
 from sfv_world.plot import draw
 from sfv_world.released.memory import Need, check_memory
 from sfv_world.world import World
@@ -46,8 +47,14 @@ EXAMPLES = 1500
 
 def horizon(config: HorizonConfig) -> dict[str, Any]:
     """Imagines, prints and writes what was found, and returns it."""
-    world = load_world(config.world, config.device, released=False)
-    world.decoding = replace(world.decoding, temperature=config.temperature)
+    world = load_world(config.world, config.device).with_decoding(temperature=config.temperature)
+    whole = world.model.codec.whole
+    config = replace(config, context=whole(config.context), frames=whole(config.frames + 1) - 1)
+    if config.restart and not isinstance(world.model, WorldModel):
+        raise ValueError(
+            f"restart: expected none for {world.name}, a world on a released model, whose chunks restart by themselves, got "
+            f"{config.restart}. Leave it out."
+        )
     if config.project and world.model.denoiser is None:
         raise ValueError(
             f"project: expected a world with a denoiser, got {world.name}, which has none. Train one along."
@@ -84,14 +91,11 @@ def measure(
 ) -> dict[str, Any]:
     """Compares imagined frames with the real ones that would have come, and with real frames at large.
 
-    Real frames are noised like the imagined ones before colours, contrast and the judge see them; PSNR and SSIM are to
-    the clean ones.
+    Real frames are shown like the imagined ones, noised or cleaned, before colours, contrast and the judge see them; PSNR and
+    SSIM are to the real ones.
     """
-    shown = shown_frames(held_out)
-    index = [np.arange(start, start + length) for start, length in zip(held_out.starts, shown, strict=True)]
-    real = as_shown(world, held_out.frames[np.concatenate(index)], config.seed)
-    steps = np.concatenate([np.arange(length) for length in shown]) - config.context + 1
-    owner = np.repeat(np.arange(len(held_out)), shown)
+    real, owner, number = real_frames(world, held_out, config)
+    steps = number - config.context + 1
 
     # A row counts up to its first termination, that frame included, or all along.
     ended_before = np.cumsum(rollout.terminated, axis=1) - rollout.terminated > 0
@@ -140,7 +144,7 @@ def measure(
     first_end = np.where(rollout.terminated.any(axis=1), rollout.terminated.argmax(axis=1) + 1, 0)
     return {
         "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
-        "window": world.model.config.flow.deep.window,
+        "memory": world.model.memory,
         "bins": bins,
         "real": {
             **dict(zip(STATISTICS, real_statistics.mean(axis=0).tolist(), strict=True)),
@@ -164,22 +168,47 @@ def measure(
     }
 
 
+def real_frames(
+    world: World, held_out: Episodes, config: HorizonConfig
+) -> tuple[UInt8[np.ndarray, "n h w 3"], Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Held-out frames as the world shows those that it imagines, the episode of each, and its number there.
+
+    Worlds whose codec looks back in time read whole episodes for that, and show all but the first frame, up to whole steps.
+    """
+    lengths, first = shown_frames(held_out), 0
+    if isinstance(world.model, WorldModel):
+        index = [np.arange(start, start + length) for start, length in zip(held_out.starts, lengths, strict=True)]
+        shown = as_shown(world, held_out.frames[np.concatenate(index)], config.seed)
+    else:
+        lengths, first = 1 + (lengths - 1) // world.time * world.time, 1
+        seeds = np.random.default_rng([config.seed, 2]).integers(2**63 - 1, size=len(held_out))
+        parts = []
+        for episode in tqdm(np.flatnonzero(lengths > 1), desc="real frames", unit="episode"):
+            start, length = held_out.starts[episode], lengths[episode]
+            actions = take(held_out.actions, np.s_[start : start + length - 1])
+            frames, seed = held_out.frames[start : start + length], seeds[episode : episode + 1]
+            parts.append(world.abduct(frames[None], take(actions, np.s_[None]), seed).frames[0].cpu().numpy())
+        shown = np.concatenate(parts)
+    owner = np.repeat(np.arange(len(held_out)), lengths - first)
+    return shown, owner, np.concatenate([np.arange(first, length) for length in lengths])
+
+
 def held_out_bits(
     world: World, held_out: Episodes, config: HorizonConfig
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]:
-    """Bits per dimension of held-out frames that have the whole window before them, in two parts that share no clip."""
-    window = world.model.config.flow.deep.window
-    longest = int(shown_frames(held_out).max())
-    if longest <= window + 1:
+    """Bits per dimension of held-out frames that have as much before them as imagined ones, in two parts that share no clip."""
+    wanted, time = world.model.midstream, world.time
+    longest, least = int(shown_frames(held_out).max()), 2 + wanted.start * time
+    if longest < least:
         raise ValueError(
-            f"data: expected a held-out episode of more than {window + 1} frames, got {longest}. Record longer ones."
+            f"data: expected a held-out episode of at least {least} frames, got {longest}. Record longer ones."
         )
-    length = min(2 * window + 2, longest - 1)
-    count = max(2, -(-config.references // (length - window)))
-    clips = long_clips(held_out, count, length, config.seed)
-    parts = np.array_split(np.arange(count), max(2, count // 16))
+    steps = min(wanted.stop, 1 + (longest - 2) // time)
+    count = max(2, -(-config.references // (steps - wanted.start)))
+    clips = long_clips(held_out, count, 1 + (steps - 1) * time, config.seed)
+    parts = np.array_split(np.arange(count), max(2, count // 16) if time == 1 else count)
     bits = [
-        world.score(clips.frames[part], take(clips.actions, part), part).bits_per_dim[:, window:].cpu().numpy()
+        world.score(clips.frames[part], take(clips.actions, part), part).bits_per_dim[:, wanted.start :].cpu().numpy()
         for part in tqdm(parts, desc="held-out frames", unit="batch")
     ]
     found = np.concatenate(bits)

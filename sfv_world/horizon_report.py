@@ -48,7 +48,7 @@ def table(results: dict[str, Any]) -> str:
             str(entry["terminated"]),
         ]
         lines.append(line("{}-{}".format(*entry["steps"]), entry, *more))
-    policy = f"reset every {config['restart']} frames" if config["restart"] else f"window of {results['window']} frames"
+    policy = f"reset every {config['restart']} frames" if config["restart"] else results["memory"]
     policy += ", each frame cleaned and noised afresh" if config["project"] else ""
     lines.append(
         f"{policy}, temperature {config['temperature']:g}; largest certificate {results['largest_certificate']:.1e}; "

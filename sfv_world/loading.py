@@ -40,8 +40,6 @@ def load_world(
     device: str | torch.device = "cpu",
     decoding: DecodingConfig | None = None,
     dtype: torch.dtype = torch.float32,
-    *,
-    released: bool = True,
 ) -> World:
     """Loads a world: the name of a shipped one, or a folder.
 
@@ -52,7 +50,6 @@ def load_world(
         dtype: what the Transformers' layers compute in, float32 or bfloat16. All else stays in float32: noise, means and scales,
             log-likelihoods, which are those of the frames returned under the model so computed. A world on a released model
             computes its backbone in bfloat16 on CUDA, in float32 elsewhere.
-        released: whether it may be one on a released model.
 
     Raises:
         ValueError: if there is none, its files are damaged or do not fit each other, the dtype is another, or there is no such
@@ -68,11 +65,6 @@ def load_world(
     device = given_device(device)
     model: WorldModel | AdaptedModel
     if kind_of(folder) == AdaptedConfig.__name__:
-        if not released:
-            raise ValueError(
-                f"world: expected one of its own weights, got {folder}, one on a released model. Step it (`gymnasium.make`), or "
-                "`sfv-world evaluate` it."
-            )
         model, about = load_adapted(folder, device)
     else:
         model, about = load_model(folder, device)

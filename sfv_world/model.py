@@ -111,6 +111,17 @@ class WorldModel(nn.Module):
         return self
 
     @property
+    def midstream(self) -> range:
+        """Numbers of the frames of a clip that are read after as many as the frames far into a rollout are."""
+        window = self.config.flow.deep.window
+        return range(window, 2 * window + 2)
+
+    @property
+    def memory(self) -> str:
+        """What of the past it reads, in words."""
+        return f"window of {self.config.flow.deep.window} frames"
+
+    @property
     def token_noise(self) -> Float[Tensor, "c"]:
         """Standard deviation of the noise in every channel of a token."""
         return self.config.noise / self.codec.scale

@@ -57,7 +57,8 @@ class Abduction(NamedTuple):
     noise: Float[Tensor, "b t l c"]
     """Exact noise of every step after the context."""
     frames: UInt8[Tensor, "b n h w 3"]
-    """Their frames as the world sees them, noised: what `step` shows, without denoising, when it decodes their noise."""
+    """Their frames as the world sees them: what `step` shows when it decodes their noise, noised or cleaned causally; with
+    look-ahead, noised."""
     log_likelihood: Float[Tensor, "b t"]
     """Theirs, as in `WorldOutput`."""
 
@@ -334,12 +335,13 @@ class World:
         vectors, known = self._past_actions(actions, rows, count)
         row_seeds, begun = given_seeds(seeds, rows), self.model.codec.steps(context)
         start = self._reset(frames[:, :context], vectors[:, :begun], known[:, :begun], row_seeds)
+        clean = self.decoding.denoise == "causal"
         stream, reports, shown = start[:].stream, [], []
         for n, step in enumerate(frames[:, context:].split(self.time, dim=1)):
             controls = self.model.controls(vectors[:, begun + n], known[:, begun + n])
             noise = self._noise(row_seeds, start.ages + n, 1)
             reports.append(self.model.read_frame(stream, step, *noise, controls, as_imagined=True))
-            shown.append(self.model.show(stream, reports[-1].features, False).reshape(step.shape))
+            shown.append(self.model.show(stream, reports[-1].features, clean).reshape(step.shape))
         found = torch.stack([report.noise for report in reports], dim=1)
         log_prob = torch.stack([report.log_prob for report in reports], dim=1)
         return Abduction(start, found, torch.cat(shown, dim=1), log_prob.sum(-1) + self.model.codec.log_det)

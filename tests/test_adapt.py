@@ -21,10 +21,14 @@ from test_text import LENGTH
 
 import sfv_world
 from sfv_world import World, cli
+from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.checkpoint import load_tensors
 from sfv_world.counterfactual import CounterfactualConfig, counterfactual
+from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import split_as_trained
+from sfv_world.free_run import HorizonConfig, beginnings, choose_episodes, free_run, shown_frames
+from sfv_world.horizon import horizon, real_frames
 from sfv_world.released import memory
 from sfv_world.released.backbone import Backbone, find_parts
 from sfv_world.released.plan import sampling_needs
@@ -156,6 +160,84 @@ def test_what_another_action_would_have_made_of_it(config, tmp_path, capsys):
     with av.open(str(tmp_path / "other/counterfactual.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == 8
     assert cv2.imread(str(tmp_path / "other/counterfactual.png")).shape == (2 * 3 * 16, 8 * 24, 3)
+
+
+def test_a_long_rollout_is_measured_by_whole_steps(config, tmp_path, capsys):
+    """Imagined as steps are, through a restart of the chunk; real frames are shown as the world shows its own."""
+    train(replace(config, steps=1, held_out=0.5))
+    wanted = HorizonConfig(
+        str(config.out),
+        config.data,
+        tmp_path / "far",
+        frames=90,
+        rows=2,
+        context=4,
+        references=20,
+        seed=3,
+        device="cpu",
+    )
+    found = horizon(wanted)
+    assert "chunks of 21 latent frames that begin with the last 5 of the one before" in capsys.readouterr().out
+    assert [entry["steps"] for entry in found["bins"]] == [[1, 8], [9, 16], [17, 32], [33, 64], [65, 92]]
+    assert [entry["frames"] for entry in found["bins"]] == [16, 16, 32, 64, 56]
+    assert 0 < found["largest_certificate"] < 1e-3 and found["config"]["context"] == 5
+    assert cv2.imread(str(tmp_path / "far/frames.png")).shape[0] == 2 * 16
+
+    world = sfv_world.load_world(config.out)
+    held_out, wanted = split_as_trained(world, config.data)[1], replace(wanted, context=5, frames=12)
+    begin = beginnings(held_out, choose_episodes(held_out, wanted), wanted)
+    rollout = free_run(world, begin, wanted)
+    state = world.reset(begin.frames, begin.actions[:, :4], 3 * 1_000_000_007 + np.arange(2))
+    for n in range(0, 12, 4):
+        state, output = world.step(state, begin.actions[:, 4 + n : 8 + n], held=False)
+        assert np.array_equal(rollout.frames[:, n : n + 4], output.frames.numpy())
+        assert np.array_equal(rollout.bits[:, n : n + 4], output.bits_per_dim[:, None].expand(-1, 4).numpy())
+        assert np.array_equal(rollout.terminated[:, n + 3], output.terminated.numpy())
+    assert not rollout.terminated[:, [0, 1, 2, 4, 5, 6]].any()
+
+    shown, owner, number = real_frames(world, held_out, wanted)
+    assert np.bincount(owner).tolist() == [(n - 1) // 4 * 4 for n in shown_frames(held_out)]
+    start, first = held_out.starts[1], np.flatnonzero(owner == 1)[0]
+    real, plain = held_out.frames[start + 1 : start + 5], world.with_decoding(denoise="none")
+    assert number[first : first + 4].tolist() == [1, 2, 3, 4]
+    codec = world.model.codec.frames(
+        world.model.codec.signal(torch.from_numpy(held_out.frames[None, start : start + 5]))
+    )
+    cleaned, noised = shown[first : first + 4], real_frames(plain, held_out, wanted)[0][first : first + 4]
+    off = [np.abs(frames - codec[0, 1:].numpy().astype(float)).mean() for frames in (cleaned, noised, real)]
+    assert 0 < off[0] and cleaned.shape == real.shape and not np.array_equal(cleaned, noised) and off[1] < off[2]
+    for changes, message in (
+        ({"restart": 10}, "restart: expected none for run, a world on a released model.*got 10"),
+        ({"project": True}, "project: expected a world with a denoiser"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            horizon(replace(wanted, **changes))
+
+
+def test_rows_on_a_released_model_live_on_by_whole_steps(config):
+    train(replace(config, steps=1, held_out=0.5))
+    world = sfv_world.load_world(config.out)
+    with torch.no_grad():  # about every seventh step ends an episode, whatever it shows
+        world.model.heads.mlp[-1].weight[0] = 0
+        world.model.heads.mlp[-1].bias[0] = -2
+    held_out = split_as_trained(world, config.data)[1]
+    wanted = HorizonConfig(str(config.out), config.data, frames=24, rows=3, context=5, survive=6)
+    begin = beginnings(held_out, choose_episodes(held_out, wanted), wanted)
+    kept, found = free_run(world, begin, replace(wanted, survive=None)), free_run(world, begin, wanted)
+    assert kept.terminated.any() and not found.terminated.any()
+    ended = kept.terminated.reshape(3, 3, 8).any(2)
+    for row in range(3):  # stretches are of two steps
+        same = 8 * int(ended[row].argmax()) if ended[row].any() else 24
+        assert np.abs(found.frames[row, :same].astype(int) - kept.frames[row, :same]).max(initial=0) <= 1
+        assert same == 24 or not np.array_equal(found.frames[row, same : same + 4], kept.frames[row, same : same + 4])
+
+
+def test_the_size_of_its_blocks_is_calibrated(config):
+    train(replace(config, steps=1))
+    found = calibrate(CalibrateConfig(str(config.out), steps=1, device="cpu"))
+    assert found.keys() == {None, 4}  # of six tokens
+    best = min(found, key=found.get)
+    assert sfv_world.load_world(config.out).decoding == DecodingConfig(block=best, denoise="causal")
 
 
 def test_the_backbone_stays_bit_for_bit_and_the_adapter_learns(config):

@@ -132,6 +132,16 @@ class AdaptedModel(nn.Module):
         return self.backbone.codec
 
     @property
+    def midstream(self) -> range:
+        """As `WorldModel.midstream`, of the latent frames of a chunk: those after the ones it begins with."""
+        return range(self.config.context, self.config.chunk)
+
+    @property
+    def memory(self) -> str:
+        """What of the past it reads, in words."""
+        return f"chunks of {self.config.chunk} latent frames that begin with the last {self.config.context} of the one before"
+
+    @property
     def token_noise(self) -> Float[Tensor, "c"]:
         """Standard deviation of the noise in every channel of a token."""
         return self.config.noise / self.codec.scale
