@@ -18,11 +18,12 @@ from tqdm import tqdm
 from sfv_world.codec.vae import ImageCodec, WanCodec, load_codec, to_pixels
 from sfv_world.film import write_image, write_video
 from sfv_world.given import DEVICE, check_counts, check_folder
+from sfv_world.memory import Need, check_memory
 from sfv_world.released.backbone import check_text_encoder, find_parts
 from sfv_world.released.clips import Clip, ClipConfig, draw_clips
 from sfv_world.released.config import ReleasedConfig
 from sfv_world.released.load import load_released
-from sfv_world.released.memory import Need, check_memory, stored_numbers
+from sfv_world.released.memory import stored_numbers
 from sfv_world.released.plan import sampling_needs
 from sfv_world.released.text import PromptCache, format_prompt
 from sfv_world.training.distributed import Group, joined

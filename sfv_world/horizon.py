@@ -32,9 +32,9 @@ from sfv_world.film import as_shown, decibels, long_clips, write_image
 from sfv_world.free_run import Beginnings, HorizonConfig, Rollout, beginnings, choose_episodes, free_run, shown_frames
 from sfv_world.horizon_report import LEVEL, panels, table
 from sfv_world.loading import load_world
+from sfv_world.memory import Need, check_memory
 from sfv_world.model import WorldModel
 from sfv_world.plot import draw
-from sfv_world.released.memory import Need, check_memory
 from sfv_world.world import World
 
 FIRST_BIN = 8

@@ -121,6 +121,12 @@ class WorldModel(nn.Module):
         """What of the past it reads, in words."""
         return f"window of {self.config.flow.deep.window} frames"
 
+    def row_size(self, frames: int, decoding: DecodingConfig) -> float:
+        """About the bytes that it takes to begin a row at so many frames: its keys and values, and what reading computes with."""
+        deep, pixels = self.config.flow.deep, 3 * self.config.codec.height * self.config.codec.width
+        slots = self.flow.deep.slots * deep.width
+        return 4.0 * (2 * deep.depth * deep.window * slots + frames * (20 * slots + 6 * pixels))
+
     @property
     def token_noise(self) -> Float[Tensor, "c"]:
         """Standard deviation of the noise in every channel of a token."""

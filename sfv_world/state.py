@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sfv_world.decoding.frames import StreamState
+from sfv_world.memory import check_rows
 from sfv_world.released.stream import ReleasedStream
 from sfv_world.transfer import to_device
 
@@ -104,9 +105,15 @@ class WorldState:
 
     @torch.inference_mode(False)
     def __getitem__(self, rows: Any) -> "WorldState":
-        """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers."""
+        """A copy of rows: selected, repeated or reordered by a slice, a mask or numbers.
+
+        Raises:
+            ValueError: if the state was used up, or there is no room for so many rows.
+        """
         self.check()
         index = np.atleast_1d(np.arange(len(self))[rows])
+        if len(self):
+            check_rows(len(index), self.size / len(self), self.frames.device)
         places = to_device(index, self.frames.device)
         held = self.held and self.held.map(lambda tensor: tensor[places])
         stream, seeds, ages = self.stream.rows(places), self.seeds[index], self.ages[index]
@@ -123,6 +130,12 @@ class WorldState:
         held = Held.of(tensors) if "held.features" in tensors else None
         seeds, ages = (tensors[name].cpu().numpy() for name in ("seeds", "ages"))
         return cls(world, stream, tensors["frames"], seeds, ages, held)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        held = self.held.tensors().values() if self.held else ()
+        return self.stream.size + sum(tensor.nbytes for tensor in (self.frames, *held))
 
     @property
     def clock(self) -> int:

@@ -26,6 +26,7 @@ from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import BandFlow
 from sfv_world.given import given_frames, given_noise, given_seeds
 from sfv_world.graphs import Recorder
+from sfv_world.memory import check_rows
 from sfv_world.model import WorldModel
 from sfv_world.released.adapted import AdaptedModel
 from sfv_world.released.stream import ReleasedStream
@@ -227,7 +228,7 @@ class World:
                 latent world carry none, its decoder takes it out: they are read as any others.
 
         Raises:
-            ValueError: if shapes, types or values are not what the world expects.
+            ValueError: if shapes, types or values are not what the world expects, or there is no room for so many rows.
         """
         frames = given_frames(frames, "(B, K", self.frame_shape, self.device)
         if noised and not self.model.codec.shows_noise:
@@ -389,6 +390,7 @@ class World:
     ) -> WorldState:
         self.check_decoding()
         rows, steps = vectors.shape[:2]
+        check_rows(rows, self.model.row_size(frames.shape[1], self.decoding), self.device)
         noise = self._noise(seeds, np.zeros(rows, np.int64), steps, 0.0 if noised else 1.0)
         ahead = self.decoding.denoise == "lookahead"
         controls = self.model.controls(vectors, known)

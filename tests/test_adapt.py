@@ -20,7 +20,7 @@ from recorded import record
 from test_text import LENGTH
 
 import sfv_world
-from sfv_world import World, cli
+from sfv_world import World, cli, memory
 from sfv_world.calibrate import CalibrateConfig, calibrate
 from sfv_world.checkpoint import load_tensors
 from sfv_world.counterfactual import CounterfactualConfig, counterfactual
@@ -29,7 +29,6 @@ from sfv_world.demo import DemoConfig, demo
 from sfv_world.evaluation import split_as_trained
 from sfv_world.free_run import HorizonConfig, beginnings, choose_episodes, free_run, shown_frames
 from sfv_world.horizon import horizon, real_frames
-from sfv_world.released import memory
 from sfv_world.released.backbone import Backbone, find_parts
 from sfv_world.released.plan import sampling_needs
 from sfv_world.released.text import load_text_encoder

@@ -17,12 +17,12 @@ from test_text import LENGTH
 from tiny import normal
 
 import sfv_world
-from sfv_world import World
+from sfv_world import World, memory
 from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.flow.affine import guide
-from sfv_world.released import backbone, memory
+from sfv_world.released import backbone
 from sfv_world.released.adapted import AdaptedConfig, load_adapted
 
 
@@ -468,6 +468,26 @@ def test_memory_is_counted_before_loading(folder, monkeypatch):
     monkeypatch.setattr(backbone, "load_released", lambda *arguments, **options: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"memory: expected .*keys and values, deep block .*Give a larger device"):
         sfv_world.load_world(folder)
+
+
+def test_rows_that_do_not_fit_are_told_before_they_are_begun(world, monkeypatch):
+    state = world.start([0, 1])
+    cache = state.stream.parts[0].deep.block.cache
+    assert state.size > 2 * cache.keys.nbytes
+    frames = 1 + 2 * world.time
+    assert world.model.row_size(frames, world.decoding) > cache.keys.nbytes  # of two rows: the keys and values of one
+    guided = world.with_decoding(guidance=1.0).decoding
+    more = world.model.row_size(frames, guided) - world.model.row_size(frames, world.decoding)
+    assert more == pytest.approx(cache.keys.nbytes)
+    monkeypatch.setattr(memory, "UNASKED", 0)
+    monkeypatch.setattr(memory, "available", lambda device: state.size)
+    assert len(state[:]) == 2
+    for act in (lambda: state[[0, 1, 0]], lambda: world.start(np.arange(1000))):
+        with pytest.raises(
+            ValueError, match=r"memory: expected about .* free on cpu \((3|1000) rows .*Give fewer rows"
+        ):
+            act()
+    world.step(state, [0, 0])  # it was not used up
 
 
 def test_a_world_without_its_backbone_is_told(tmp_path):

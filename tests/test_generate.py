@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sfv_world.generate as generating
-from sfv_world import cli
+from sfv_world import cli, memory
 from sfv_world.codec.vae import find_codec, load_codec, to_frames, to_pixels
 from sfv_world.decoding.solver import SolverConfig
 from sfv_world.generate import GenerateConfig, generate, needs, prepare, read_image
-from sfv_world.released import ReleasedFlow, load_released, memory, sample
+from sfv_world.released import ReleasedFlow, load_released, sample
 from sfv_world.released.clips import ClipConfig
 from sfv_world.released.convert import ConvertConfig, convert
 from sfv_world.released.memory import stored_numbers

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "interrupt", "transfer", "graphs", "chance", "given", "layers", "flow", "decoding", "control", "pretrained", "codec",
+    "interrupt", "memory", "transfer", "graphs", "chance", "given", "layers", "flow", "decoding", "control", "pretrained", "codec",
     "heads", "denoiser", "model", "checkpoint", "released", "data", "state", "world", "loading", "blend", "calibrate", "film",
     "plot", "training", "card", "lossless", "evaluation", "counterfactual", "drift", "free_run", "horizon_report", "horizon",
     "envs", "agents", "generate", "demo", "cli",

@@ -67,6 +67,11 @@ class StreamState:
             tensors |= stage.tensors(str(index))
         return tensors
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], clock: int) -> "StreamState":
         """The one whose `tensors` are among these."""

@@ -33,7 +33,9 @@ from sfv_world.heads import Outcome, OutcomeHeads
 from sfv_world.model import Reading
 from sfv_world.released.adapter import ControlAdapter
 from sfv_world.released.backbone import Backbone, fingerprint
+from sfv_world.released.memory import codec_needs
 from sfv_world.released.model import ReleasedFlow
+from sfv_world.released.plan import InfoConfig, plan
 from sfv_world.released.sampling import SEQUENTIAL, DeepStream, Drawn, Report, ShallowInverse, clean, join
 from sfv_world.released.stream import Past, ReleasedStream, Videos
 
@@ -140,6 +142,17 @@ class AdaptedModel(nn.Module):
     def memory(self) -> str:
         """What of the past it reads, in words."""
         return f"chunks of {self.config.chunk} latent frames that begin with the last {self.config.context} of the one before"
+
+    def row_size(self, frames: int, decoding: DecodingConfig) -> float:
+        """About the bytes that it takes to begin a row: keys and values of a chunk, twice where it is guided, and the encoder's."""
+        rows, columns = (codec := self.config.codec).grid
+        work = InfoConfig(
+            "a chunk", frames=self.config.chunk, rows=rows, columns=columns, guided=decoding.guidance > 0,
+            dtype="bfloat16" if self.flow.block(-1).layer_weight.dtype == torch.bfloat16 else "float32",
+        )  # fmt: skip
+        kept = plan(self.flow.config, work).memory["keys and values, deep block"]
+        encoder = codec_needs(self.codec.vae, codec.height, codec.width, 4)[-1]
+        return 1e9 * kept + encoder.size
 
     @property
     def token_noise(self) -> Float[Tensor, "c"]:

@@ -11,10 +11,10 @@ import torch
 
 from sfv_world.codec.vae import ImageCodec, WanCodec, find_codec, load_codec
 from sfv_world.codec.video import VideoCodec, VideoCodecConfig
+from sfv_world.memory import check_memory
 from sfv_world.pretrained import read_config
 from sfv_world.released.config import LAYOUT, ReleasedConfig, find_config
 from sfv_world.released.load import load_released, open_checkpoint, open_network
-from sfv_world.released.memory import check_memory
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.plan import sampling_needs
 

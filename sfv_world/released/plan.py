@@ -12,9 +12,10 @@ import torch
 import tyro
 
 from sfv_world.codec.vae import ImageCodec, WanCodec
+from sfv_world.memory import Need
 from sfv_world.released.config import DENOISER_LAYERS, ReleasedConfig, find_config
 from sfv_world.released.load import expected_shapes
-from sfv_world.released.memory import Need, codec_needs
+from sfv_world.released.memory import codec_needs
 
 
 @dataclass(frozen=True)

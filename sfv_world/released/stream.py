@@ -76,6 +76,14 @@ class Videos:
             tensors |= stage.tensors(f"shallow.{index}")
         return tensors | self.seen.tensors("seen") | self.shown.tensors("shown")
 
+    @property
+    def size(self) -> int:
+        """Bytes that they take: the keys and values of a whole chunk, and all else."""
+        assert self.deep is not None, "whoever has a stream has read a frame"
+        cache, rest = self.deep.block.cache, self.tensors()
+        whole = (cache.keys, cache.values, *(tensor for name, tensor in rest.items() if name not in ("keys", "values")))
+        return sum(tensor.nbytes for tensor in whole)
+
     @classmethod
     def of(
         cls,
@@ -191,6 +199,11 @@ class ReleasedStream:
             rows = own["rows"].cpu().numpy()
             parts.append(Videos.of(rows, own, outline, new_cache))
         return cls(parts)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return sum(videos.size for videos in self.parts)
 
     @property
     def _in_order(self) -> bool:

@@ -1,0 +1,62 @@
+"""Memory: rows that there is no room for are told before anything is begun or changed."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from sfv_world import memory
+from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.memory import Need, available, check_memory, check_rows
+
+TOLD = r"memory: expected about .* GB free on cpu \(.* rows .*\), got 0.00 GB. Give fewer rows."
+
+
+def test_what_is_free_is_less_than_there_is():
+    assert 0 < available(torch.device("cpu")) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_is_needed_is_told_by_its_parts(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 3e9)
+    check_memory([Need("a", 1e9), Need("b", 2e9)], torch.device("cpu"), "Go.")
+    with pytest.raises(ValueError, match=r"expected about 3.50 GB free on cpu \(a 1.50, b 2.00\), got 3.00 GB. Go."):
+        check_memory([Need("a", 1.5e9), Need("b", 2e9)], torch.device("cpu"), "Go.")
+
+
+def test_few_rows_are_not_asked_about(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: pytest.fail("asked"))
+    check_rows(memory.UNASKED // 10**6, 1e6, torch.device("cpu"))
+
+
+def test_a_state_knows_its_size(tiny_world):
+    state = tiny_world.start([1, 2, 3])
+    assert state.size == sum(t.nbytes for t in state.tensors().values()) - state.seeds.nbytes - state.ages.nbytes
+    assert tiny_world.model.row_size(4, tiny_world.decoding) > state.size / 3 > 0
+
+
+def test_rows_that_do_not_fit_are_told_before_they_are_begun(tiny_world, monkeypatch):
+    state, few = tiny_world.start([1, 2]), tiny_world.start([1])
+    frames = np.zeros((40, 4, 16, 24, 3), np.uint8)
+    envs = WorldVectorEnv(2, world=tiny_world, max_episode_steps=9)
+    envs.reset(seed=0)
+    monkeypatch.setattr(memory, "UNASKED", 0)
+    monkeypatch.setattr(memory, "available", lambda device: few.size)
+    with pytest.raises(ValueError, match=TOLD):
+        state[[0, 1, 1]]
+    with pytest.raises(ValueError, match=TOLD):
+        tiny_world.start(np.arange(40))
+    with pytest.raises(ValueError, match=TOLD):
+        tiny_world.reset(frames)
+    with pytest.raises(ValueError, match=TOLD):
+        envs.save_state([0, 1])
+    with pytest.raises(ValueError, match=TOLD):
+        envs.reset(seed=1)
+    monkeypatch.undo()
+    # Nothing was used up, and nothing of the environment has changed.
+    again = WorldVectorEnv(2, world=tiny_world, max_episode_steps=9)
+    again.reset(seed=0)
+    for mine, other in zip(envs.step([0, 1])[:4], again.step([0, 1])[:4], strict=True):
+        assert np.array_equal(mine, other)
+    tiny_world.step(state, [0, 1])
+    assert len(few[[0, 0, 0]]) == 3
