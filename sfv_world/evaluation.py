@@ -34,6 +34,8 @@ from sfv_world.world import World
 
 HORIZONS = (1, 4, 8, 16)
 RESULTS, CARD = "results.json", "README.md"
+LONGEST = 512
+"""Steps of an episode that are read in one pass, at most: each takes about a megabyte."""
 Statistic = Callable[[Float[np.ndarray, "m k"]], Float[np.ndarray, " m"]]
 """Of many times k means: a number of each."""
 
@@ -223,20 +225,24 @@ def _at_once(world: World) -> int:
 def outcomes(world: World, train: Episodes, held_out: Episodes, seed: int, limit: int = 200) -> dict[str, Any]:
     """Calibration on whole held-out episodes, read frame by frame: a reliability table of terminations, errors of rewards.
 
-    The reward is told given whether the episode ended with it; so is the baseline's, the median of those of training.
+    Longer ones than `LONGEST` steps are read in parts, each after the last steps of the one before. The reward is told given
+    whether the episode ended with it; so is the baseline's, the median of those of training.
     """
     probabilities, terminated, rewards, expected = [], [], [], []
     order = np.random.default_rng(seed).permutation(len(held_out))[:limit]
     for episode in tqdm(order, desc="outcomes"):
-        length = world.model.codec.whole(int(held_out.lengths[episode]))
-        whole = ClipSampler(held_out, length, 1).clips(held_out.starts[[episode]])
-        score = world.score(whole.frames, whole.actions, [seed])
-        steps = Batch.from_clips(whole, world.model)
-        ended = steps.terminations[0, 1:].cpu().numpy()
-        probabilities.append(score.termination_probability[0, 1:].cpu().numpy())
-        terminated.append(ended)
-        rewards.append(steps.rewards[0, 1:].cpu().numpy())
-        expected.append(score.rewards[0, 1:].cpu().numpy()[np.arange(len(ended)), ended.astype(int)])
+        last = (world.model.codec.whole(int(held_out.lengths[episode])) - 1) // world.time
+        for first in range(1, last + 1, LONGEST):
+            begin = max(0, first - 1 - 2 * world.model.midstream.start)
+            length = 1 + (min(last, first - 1 + LONGEST) - begin) * world.time
+            part = ClipSampler(held_out, length, 1).clips(held_out.starts[[episode]] + begin * world.time)
+            score, told = world.score(part.frames, part.actions, [seed]), Batch.from_clips(part, world.model)
+            new = np.s_[0, first - begin :]
+            ended = told.terminations[new].cpu().numpy()
+            probabilities.append(score.termination_probability[new].cpu().numpy())
+            terminated.append(ended)
+            rewards.append(told.rewards[new].cpu().numpy())
+            expected.append(score.rewards[new].cpu().numpy()[np.arange(len(ended)), ended.astype(int)])
     p, y = np.concatenate(probabilities), np.concatenate(terminated)
     r, e = np.concatenate(rewards), np.concatenate(expected)
     known, ending = _by_step(world, train)

@@ -9,7 +9,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 from recorded import trained
 
-from sfv_world import World, load_world
+from sfv_world import World, evaluation, load_world
 from sfv_world.data.clips import take
 from sfv_world.evaluation import EvaluateConfig, _error, density, evaluate, outcomes, rollouts, split_as_trained
 
@@ -95,6 +95,20 @@ def test_outcomes_are_those_of_observing_step_by_step(world, split):
         inside = (chances >= row["from"]) & (chances < row["to"] + 1e-9)
         assert row["predicted"] == pytest.approx(chances[inside].mean(), abs=1e-3)
         assert row["observed"] == pytest.approx(ended[inside].mean(), abs=1e-3)
+
+
+def test_long_episodes_are_read_in_parts(world, split, monkeypatch):
+    train, held_out = split
+    whole, read, score = outcomes(world, train, held_out, seed=0), [], World.score
+    monkeypatch.setattr(evaluation, "LONGEST", 10)
+    monkeypatch.setattr(World, "score", lambda self, frames, *args: read.append(frames) or score(self, frames, *args))
+    parts = outcomes(world, train, held_out, seed=0)
+    lead = 2 * world.model.midstream.start
+    assert max(frames.shape[1] for frames in read) == 10 + lead + 1 < held_out.lengths.max()
+    same = ("frames", "termination_brier_of_the_base_rate", "reward_mean_absolute_error_of_the_median")
+    assert {name: parts[name] for name in same} == {name: whole[name] for name in same}
+    for name in ("termination_brier", "reward_mean_absolute_error", "reward_bias"):
+        assert parts[name] == pytest.approx(whole[name], abs=1e-3)
 
 
 def test_the_rewards_baseline_is_told_of_the_end_as_the_world_is(world, split):
