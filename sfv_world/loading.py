@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from sfv_world.checkpoint import CONFIG, DECODING, STARTS, kind_of, load_model, load_tensors, save_tensors
+from sfv_world.checkpoint import CONFIG, DECODING, STARTS, load_model, load_tensors, save_tensors
 from sfv_world.control.spaces import action_size, flatten_actions
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.given import given_device
 from sfv_world.model import WorldModel
-from sfv_world.released.adapted import AdaptedConfig, AdaptedModel, load_adapted
+from sfv_world.released.adapted import AdaptedModel, is_adapted, load_adapted
 from sfv_world.world import World
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -64,7 +64,7 @@ def load_world(
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
     device = given_device(device)
     model: WorldModel | AdaptedModel
-    if kind_of(folder) == AdaptedConfig.__name__:
+    if is_adapted(folder):
         model, about = load_adapted(folder, device)
     else:
         model, about = load_model(folder, device)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from adapted import DISCRETE, make_backbone
+from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import TransformAction
 from recorded import record
@@ -298,6 +299,34 @@ def test_a_run_resumes_exactly(config, tmp_path):
     assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
     with pytest.raises(ValueError, match="resume: expected what the run in .* began with"):
         Trainer(replace(config, steps=4, resume=True, prompt="a dog"))
+
+
+def test_an_adapter_is_trained_on(home, config, tmp_path):
+    """With the prompt and the noise that it had, and what it learned, also of a game with other actions; not on another model."""
+    train(replace(config, learning_rate=1e-2, warmup=1, noise=0.4))
+    first = sfv_world.load_world(config.out).model
+    again = Trainer(replace(config, init=config.out, out=tmp_path / "again", prompt=""))
+    assert again.config.prompt == "a cat" and again.config.noise == first.config.noise == 0.4
+    assert again.before == {"steps": 3, "minutes": 0.0}
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name
+    again.run()
+    assert len(set(again.model.state_dict()["adapter.layers.0.gate"].tolist())) > 1
+    assert sfv_world.load_world(tmp_path / "again").about["before"] == {"steps": 3, "minutes": 0.0}
+    resumed = Trainer(replace(config, init=config.out, out=tmp_path / "again", prompt="", steps=4, resume=True))
+    assert resumed.step == 3 and resumed.before == again.before
+
+    record(tmp_path / "other", spaces.Discrete(5), lengths=(36, 33, 31, 40))
+    other = Trainer(replace(config, init=config.out, data=tmp_path / "other", out=tmp_path / "five"))
+    differ = {n for n, w in other.model.state_dict().items() if not torch.equal(w, first.state_dict().get(n, w[:0]))}
+    assert differ == {name for name in first.state_dict() if name.startswith("controls.project.")}
+    with pytest.raises(ValueError, match=r"init: expected the split of this recording .*--held-out 0.3"):
+        Trainer(replace(config, init=config.out, out=tmp_path / "split", held_out=0.5))
+    said = json.loads((config.out / "config.json").read_text())
+    said["model"]["fingerprint"] += 1
+    (config.out / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="init: expected a world on the released model that .* was trained on"):
+        Trainer(replace(config, init=config.out, out=tmp_path / "else"))
 
 
 def test_rewards_and_ends_of_a_step_are_those_of_its_frames(config):

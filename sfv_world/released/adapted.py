@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from sfv_world.checkpoint import CONFIG, MODEL, fitting, read_world
+from sfv_world.checkpoint import CONFIG, MODEL, fitting, kind_of, read_world
 from sfv_world.codec.video import VideoCodec, VideoCodecConfig
 from sfv_world.control.encoder import ControlEncoder
 from sfv_world.control.spaces import action_size
@@ -381,6 +381,11 @@ def _frame_report(drawn: Drawn, shallow: Report) -> FrameReport:
     return FrameReport(
         both.log_prob, drawn.noise, drawn.features, drawn.report.sweeps, shallow.sweeps, both.certificate
     )
+
+
+def is_adapted(folder: Path) -> bool:
+    """Whether the world in a folder is one on a released model."""
+    return kind_of(folder) == AdaptedConfig.__name__
 
 
 def load_adapted(folder: Path, device: str | torch.device = "cpu") -> tuple[AdaptedModel, dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sfv_world.checkpoint import CONFIG, read_world
 from sfv_world.data.clips import Episodes
-from sfv_world.released.adapted import AdaptedConfig, AdaptedModel
+from sfv_world.released.adapted import AdaptedConfig, AdaptedModel, is_adapted
 from sfv_world.released.backbone import Backbone, check_text_encoder, fingerprint
 from sfv_world.released.text import format_prompt, load_text_encoder
 
@@ -19,7 +19,8 @@ def adapt(
     """A model on the released one in `folder`, its adapter not trained yet. Nothing is loaded before it is known to fit.
 
     Args:
-        folder: made by `sfv-world convert`, with the VAE in `vae` and the T5 encoder in `text_encoder`.
+        folder: made by `sfv-world convert`, with the VAE in `vae` and the T5 encoder in `text_encoder`; or a world on such a
+            model, which then decides the prompt and the noise, too, where these are not given.
         out: folder that the world will have.
         episodes: what it will learn from.
         prompt: what the model is told to show.
@@ -33,6 +34,10 @@ def adapt(
         ValueError: if something is missing, does not fit, or is not what a run in `out` began with.
     """
     height, width = episodes.frames.shape[1:3]
+    if is_adapted(folder):
+        other = read_world(folder, AdaptedConfig)[0]
+        folder = (folder / other.backbone).resolve()
+        prompt, noise = prompt or other.prompt, other.noise if noise is None else noise
     outline = Backbone.outline(folder, height, width, "init")
     shape, codec, encoder = outline.flow.config, outline.codec.config, folder / "text_encoder"
     check_text_encoder(encoder, shape)

@@ -31,11 +31,12 @@ class TrainConfig(RunConfig):
     init: Path | None = None
     """World (a folder, or a shipped one's name) whose weights to start from, those of the shallow flow only where the bands are its
     own or parts of them; none: random ones. It may have another window, other groups and bins, and be of another game with
-    other actions. With `freeze_backbone` a released model, which `sfv-world convert` makes."""
+    other actions. With `freeze_backbone` a released model, which `sfv-world convert` makes, or a world on one, whose adapter is
+    trained on."""
     freeze_backbone: bool = False
     """Train a control adapter and heads on the released model in `init`, which stays as it is and decides the sizes."""
     prompt: str = ""
-    """What a released model is told to show."""
+    """What a released model is told to show; that of the world in `init`, if it is one and nothing is given."""
     codec: Path | None = None
     """Folder of a codec (see `sfv-world train-codec`) to train a world of its latents; none: a world of pixels."""
     patch: int | None = None

@@ -9,9 +9,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from sfv_world.checkpoint import load_model
+from sfv_world.checkpoint import CONFIG, MODEL, fitting, load_model, read_world
 from sfv_world.loading import find_world
 from sfv_world.model import ModelConfig, WorldModel
+from sfv_world.released.adapted import AdaptedConfig, AdaptedModel
 
 
 def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) -> dict[str, int | float]:
@@ -47,6 +48,32 @@ def inherit(model: WorldModel, folder: Path, codec: Path | None, device: str) ->
     if any(not torch.equal(w, mine[name]) for name, w in weights.items() if name.startswith("codec.autoencoder.")):
         raise ValueError(f"init: expected a world of the codec {codec}, got one of another. Choose the codec it has.")
     model.load_state_dict(mine | weights)
+    return _trained(about)
+
+
+def inherit_adapter(model: AdaptedModel, folder: Path) -> dict[str, int | float]:
+    """Gives `model` the adapter, control encoder and heads of the world in `folder`; tells how long they were trained in all.
+
+    What actions mean begins anew where there are others.
+
+    Raises:
+        ValueError: if that world is on another released model.
+    """
+    config, action_space, about = read_world(folder, AdaptedConfig)
+    if config.fingerprint != model.config.fingerprint:
+        raise ValueError(
+            f"init: expected a world on the released model that {folder} was trained on (checksum {config.fingerprint}), found "
+            f"another in its place (checksum {model.config.fingerprint}). Name its place in {folder / CONFIG}."
+        )
+    weights = fitting(folder / MODEL, lambda: AdaptedModel(config, action_space, model.backbone), "cpu")
+    other = ("text", "unconditional", *(["controls.project."] if action_space != model.action_space else []))
+    mine = model.state_dict()
+    model.load_state_dict(mine | {name: w for name, w in weights.items() if not name.startswith(other)})
+    return _trained(about)
+
+
+def _trained(about: dict[str, Any]) -> dict[str, int | float]:
+    """How long a world was trained, with all that it began with."""
     earlier = about.get("before") or {}
     return {name: about.get(name, 0) + earlier.get(name, 0) for name in ("steps", "minutes")}
 

@@ -17,11 +17,11 @@ from sfv_world.film import compare
 from sfv_world.given import alone_in
 from sfv_world.loading import find_world, save_starts
 from sfv_world.model import ModelConfig, WorldModel, model_config
-from sfv_world.released.adapted import AdaptedModel
+from sfv_world.released.adapted import AdaptedConfig, AdaptedModel, is_adapted
 from sfv_world.training.adapt import adapt
 from sfv_world.training.config import PRESETS, TrainConfig
 from sfv_world.training.distributed import ALONE, Group, joined
-from sfv_world.training.inherit import inherit
+from sfv_world.training.inherit import inherit, inherit_adapter
 from sfv_world.training.objective import Batch, noise_left, score_loss, world_loss
 from sfv_world.training.run import Run
 from sfv_world.training.schedule import moving_average
@@ -71,7 +71,9 @@ class Trainer(Run):
             batch=config.batch // self.group.size, device=config.device,
         )  # fmt: skip
         clip = 1 + (config.clip - 1) // model.codec.time * model.codec.time
-        self.config = replace(config, noise=model.config.noise, clip=clip)
+        self.config = replace(config, noise=model.config.noise, prompt=model.config.prompt, clip=clip)
+        if is_adapted(config.init) and not config.resume:
+            self.before = inherit_adapter(model, config.init)
         return model
 
     def _of_own_weights(self) -> WorldModel:
@@ -150,6 +152,8 @@ class Trainer(Run):
             parents["codec"] = load_autoencoder(config.codec)[1]
         if config.init and not config.freeze_backbone:
             parents["init"] = read_world(find_world(config.init), ModelConfig)[2]
+        elif config.init and is_adapted(config.init):
+            parents["init"] = read_world(config.init, AdaptedConfig)[2]
         return parents
 
     def _begun(self) -> dict[str, Any]:
