@@ -17,7 +17,8 @@ from adapted import DISCRETE, make_backbone
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import TransformAction
-from recorded import record
+from minari.dataset.minari_storage import MinariStorage
+from recorded import record, said
 from test_text import LENGTH
 
 import sfv_world
@@ -321,10 +322,12 @@ def test_an_adapter_is_trained_on(home, config, tmp_path):
     differ = {n for n, w in other.model.state_dict().items() if not torch.equal(w, first.state_dict().get(n, w[:0]))}
     assert differ == {name for name in first.state_dict() if name.startswith("controls.project.")}
     with pytest.raises(ValueError, match=r"init: expected the split of this recording .*--held-out 0.3"):
-        Trainer(replace(config, init=config.out, out=tmp_path / "split", held_out=0.5))
-    said = json.loads((config.out / "config.json").read_text())
-    said["model"]["fingerprint"] += 1
-    (config.out / "config.json").write_text(json.dumps(said))
+        MinariStorage.read(record(tmp_path / "named", DISCRETE, (36, 33))).update_metadata({"dataset_id": "known-v0"})
+        said(config.out, data={"dataset_id": "known-v0"})
+        Trainer(replace(config, init=config.out, data=tmp_path / "named", out=tmp_path / "split", held_out=0.5))
+    known = json.loads((config.out / "config.json").read_text())
+    known["model"]["fingerprint"] += 1
+    (config.out / "config.json").write_text(json.dumps(known))
     with pytest.raises(ValueError, match="init: expected a world on the released model that .* was trained on"):
         Trainer(replace(config, init=config.out, out=tmp_path / "else"))
 
