@@ -29,7 +29,6 @@ from sfv_world.graphs import Recorder
 from sfv_world.memory import check_rows
 from sfv_world.model import WorldModel
 from sfv_world.released.adapted import AdaptedModel
-from sfv_world.released.stream import ReleasedStream
 from sfv_world.state import Held, WorldOutput, WorldState
 from sfv_world.transfer import to_device
 
@@ -75,7 +74,7 @@ class World:
         about: dict[str, Any] | None = None,
         folder: Path | None = None,
     ):
-        self.model: Any = model.eval()
+        self.model = model.eval()
         self.decoding = decoding or model.decoding
         self.starts, self.about, self.folder = starts, about or {}, folder
         self._recorder: Recorder | None = None
@@ -167,8 +166,10 @@ class World:
     @property
     def direct(self) -> bool:
         """Whether a frame takes a fixed number of passes; else it takes sweeps, as many as it needs to converge."""
+        if not isinstance(self.model, WorldModel):
+            return False
         flow = self.model.flow
-        return isinstance(getattr(flow, "shallow", None), BandFlow) and flow.config.kind == "frame-parallel"
+        return isinstance(flow.shallow, BandFlow) and flow.config.kind == "frame-parallel"
 
     def recorded(self) -> "World":
         """This world, its steps recorded as CUDA graphs: each is one launch instead of some hundred; the same to rounding.
@@ -351,7 +352,7 @@ class World:
     def at_clock(self, state: WorldState, clock: int) -> WorldState:
         """A copy of a state that can join rows at another clock: bit for bit if it is its own, else to float32 rounding."""
         own = state[:]
-        if clock != state.clock:  # rows on a released model have no common one
+        if clock != state.clock and isinstance(self.model, WorldModel):  # rows on a released model have no common one
             own.stream.cache = self.model.flow.deep.at_clock(own.stream.cache, clock)
         return own
 
@@ -406,9 +407,7 @@ class World:
             state.held = Held(output, report.features, goes_on)
         return state
 
-    def _imagine(
-        self, stream: StreamState | ReleasedStream, z: Tensor, draws: Tensor, vectors: Tensor, known: Tensor
-    ) -> Held:
+    def _imagine(self, stream: Any, z: Tensor, draws: Tensor, vectors: Tensor, known: Tensor) -> Held:
         """The next frame, made of its noise `z` and `draws`; advances `stream`, and asks the device for nothing."""
         controls, guided = self.model.controls(vectors, known), self.decoding.guidance > 0
         unguided = self.model.controls(vectors, torch.zeros_like(known)) if guided else None
@@ -462,6 +461,7 @@ class World:
         """The state after a frame, and what is said at that step; `before` are the tokens of the frame before it."""
         output, held = newest.output, None
         if state.held is not None:
+            assert isinstance(self.model, WorldModel), "check_decoding has seen to it"
             output, held = state.held.output, newest
             following = Seen(state.stream.tokens, newest.features)
             clean = self._shown(self.model.cleaned(Seen(before, state.held.features), following, ~output.terminated))
