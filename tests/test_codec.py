@@ -119,3 +119,14 @@ def test_channels_go_from_coarse_to_fine(patch: int) -> None:
     row, column = order // 3 // patch, order // 3 % patch
     assert ((row + column).diff() >= 0).all()
     exact(row[:3] + column[:3], torch.zeros(3, dtype=torch.long))  # a patch's mean colours come first
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_tokens_are_float32_under_autocast_too(cosine: bool) -> None:
+    module = codec(cosine=cosine)
+    signal = module.signal(random_frames(5, 4, 6))
+    tokens = module.encode(signal)
+    decoded = module.decode(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        exact(module.encode(signal), tokens)
+        exact(module.decode(tokens), decoded)

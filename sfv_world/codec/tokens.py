@@ -118,13 +118,15 @@ class Codec(nn.Module):
         self.scale.copy_((values.flatten(0, -2).var(0) + noise**2).sqrt())
 
     def encode(self, signal: Float[Tensor, "*b h w k"]) -> Float[Tensor, "*b l c"]:
-        """Signal -> tokens."""
-        return self._patches(signal) @ self.transform.T / self.scale
+        """Signal -> tokens, in float32 under autocast, too: bfloat16 would round away more than the noise."""
+        with torch.autocast(signal.device.type, enabled=False):
+            return self._patches(signal) @ self.transform.T / self.scale
 
     def decode(self, tokens: Float[Tensor, "*b l c"]) -> Float[Tensor, "*b h w k"]:
         """Tokens -> signal (not clipped): the inverse of `encode`."""
         rows, columns = self.config.grid
-        patches = (tokens * self.scale) @ self.transform
+        with torch.autocast(tokens.device.type, enabled=False):
+            patches = (tokens * self.scale) @ self.transform
         return rearrange(
             patches,
             "... (r c) (i j k) -> ... (r i) (c j) k",
