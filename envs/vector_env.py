@@ -59,7 +59,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         num_envs: rows.
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
-        dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
+        dtype: what its Transformers compute in (see `load_world`); a `World` stays as it is.
         render_mode: None or "rgb_array".
         max_episode_steps: steps after which a row is truncated; none: never.
         autoreset_mode: when a row that ended begins anew: at the next step ("NextStep", the default), at the same step ("SameStep":

@@ -72,7 +72,7 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
     Args:
         world: the name of a shipped world, a world's folder, or a `World`.
         device: where to load the world, by default the CPU; a `World` stays where it is.
-        dtype: what its Transformers compute in (see `load_world`), by default float32; a `World` stays as it is.
+        dtype: what its Transformers compute in (see `load_world`); a `World` stays as it is.
         render_mode: "rgb_array" returns the frame, "human" shows it in a window after every reset and step, if there is a display.
         decoding: fields of `DecodingConfig` (tolerance, block, max_sweeps, draft, temperature, guidance, denoise) to set; block,
             max_sweeps and draft change nothing where no sweeps are needed (`World.direct`), as in the shipped worlds.
@@ -264,7 +264,7 @@ def open_world(
         ValueError: if there is no such world, or one that is loaded is on another device or was given a dtype.
     """
     if not isinstance(world, World):
-        world = load_world(world, device or "cpu", dtype=dtype or torch.float32)
+        world = load_world(world, device or "cpu", dtype=dtype)
     elif dtype is not None:
         raise ValueError(f"dtype: expected None for a world that is loaded, got {dtype}. Give it to load_world.")
     elif device is not None and str(device) not in _names(world.device):

@@ -39,7 +39,7 @@ def load_world(
     name: str | Path,
     device: str | torch.device = "cpu",
     decoding: DecodingConfig | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> World:
     """Loads a world: the name of a shipped one, or a folder.
 
@@ -47,9 +47,9 @@ def load_world(
         name: of the world.
         device: where to compute it.
         decoding: how; none: as it was calibrated for this kind of device, or the defaults of its kind.
-        dtype: what the Transformers' layers compute in, float32 or bfloat16. All else stays in float32: noise, means and scales,
-            log-likelihoods, which are those of the frames returned under the model so computed. A world on a released model
-            computes its backbone in bfloat16 on CUDA, in float32 elsewhere.
+        dtype: what the Transformers' layers compute in, float32 or bfloat16; none: float32 or, on CUDA, the backbone of a world on
+            a released model in bfloat16. All else stays in float32: noise, means and scales, log-likelihoods, which are those of
+            the frames returned under the model so computed.
 
     Raises:
         ValueError: if there is none, its files are damaged or do not fit each other, the dtype is another, or there is no such
@@ -60,15 +60,15 @@ def load_world(
         raise ValueError(
             f"decoding: expected a DecodingConfig or None, got {type(decoding).__name__}. Give fields to `with_decoding`."
         )
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}.")
     device = given_device(device)
     model: WorldModel | AdaptedModel
     if is_adapted(folder):
-        model, about = load_adapted(folder, device)
+        model, about = load_adapted(folder, device, dtype)
     else:
         model, about = load_model(folder, device)
-        model.compute_in(dtype)
+        model.compute_in(dtype or torch.float32)
     world = World(model, decoding or calibrated(folder, device), None, about, folder.resolve())
     if (folder / STARTS).exists():
         world.starts, _ = load_tensors(folder / STARTS)

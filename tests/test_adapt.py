@@ -34,7 +34,7 @@ from sfv_world.horizon import horizon, real_frames
 from sfv_world.released.backbone import Backbone, find_parts
 from sfv_world.released.plan import sampling_needs
 from sfv_world.released.text import load_text_encoder
-from sfv_world.training import adapt
+from sfv_world.training import adapt, trainer
 from sfv_world.training.config import TrainConfig
 from sfv_world.training.objective import Batch
 from sfv_world.training.trainer import Trainer, train
@@ -330,6 +330,32 @@ def test_an_adapter_is_trained_on(home, config, tmp_path):
     (config.out / "config.json").write_text(json.dumps(known))
     with pytest.raises(ValueError, match="init: expected a world on the released model that .* was trained on"):
         Trainer(replace(config, init=config.out, out=tmp_path / "else"))
+
+
+def test_validation_takes_no_more_clips_at_once_than_training(config, monkeypatch):
+    counts, loss = [], trainer.world_loss
+    monkeypatch.setattr(
+        trainer, "world_loss", lambda model, batch, *more: counts.append(len(batch.frames)) or loss(model, batch, *more)
+    )
+    run = Trainer(replace(config, batch=2))
+    run.validate(batches=1)
+    assert counts == [2] * 8
+
+
+def test_a_run_goes_on_wherever_its_folder_lies(config, tmp_path):
+    train(config)
+    moved = tmp_path / "deeper/run"
+    moved.parent.mkdir()
+    config.out.rename(moved)
+    with pytest.raises(ValueError, match="backbone: expected the released model"):
+        sfv_world.load_world(moved)
+    known = json.loads((moved / "config.json").read_text())
+    known["model"]["backbone"] = str(config.init)
+    (moved / "config.json").write_text(json.dumps(known))
+    assert Trainer(replace(config, out=moved, steps=4, resume=True)).step == 3
+    bare = replace(config, out=moved, steps=4, resume=True, freeze_backbone=False, init=None, prompt="")
+    with pytest.raises(ValueError, match=r"resume: expected --freeze-backbone and --init for the run in .*run"):
+        Trainer(bare)
 
 
 def test_rewards_and_ends_of_a_step_are_those_of_its_frames(config):

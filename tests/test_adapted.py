@@ -448,6 +448,19 @@ def test_a_state_is_of_what_the_backbone_computes_in(tmp_path):
     assert world.checksum != before
 
 
+def test_the_backbone_computes_in_what_is_asked_for(folder, world):
+    half = sfv_world.load_world(folder, dtype=torch.bfloat16)
+    assert half.model.flow.block(-1).layer_weight.dtype == torch.bfloat16
+    assert (
+        half.checksum != world.checksum
+        and half.start([0]).stream.parts[0].deep.block.cache.keys.dtype == torch.bfloat16
+    )
+    env = gym.make("sfv_world/World-v0", world=str(folder), dtype=torch.bfloat16)
+    assert env.unwrapped.world.checksum == half.checksum
+    frames, actions = video(world, 1, 3)
+    close(half.score(frames, actions).bits_per_dim, world.score(frames, actions).bits_per_dim, atol=0.05)
+
+
 def test_mistakes_are_told(folder, world):
     frames, _ = video(world, 1, 3)
     state, _ = world.step(world.start([0]), [0])

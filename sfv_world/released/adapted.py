@@ -388,8 +388,10 @@ def is_adapted(folder: Path) -> bool:
     return kind_of(folder) == AdaptedConfig.__name__
 
 
-def load_adapted(folder: Path, device: str | torch.device = "cpu") -> tuple[AdaptedModel, dict[str, Any]]:
-    """Reads a world on a released model, and what its configuration says about it.
+def load_adapted(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[AdaptedModel, dict[str, Any]]:
+    """Reads a world on a released model, and what its configuration says about it; `dtype` as in `Backbone.load`.
 
     Raises:
         ImportError: if `diffusers` is not installed.
@@ -409,6 +411,6 @@ def load_adapted(folder: Path, device: str | torch.device = "cpu") -> tuple[Adap
             f"got others in {backbone}. Name their place in {CONFIG}."
         )
     tensors = fitting(folder / MODEL, lambda: AdaptedModel(config, action_space, outline), device)
-    model = AdaptedModel(config, action_space, Backbone.load(backbone, *size, device, config.chunk)).to(device)
+    model = AdaptedModel(config, action_space, Backbone.load(backbone, *size, device, config.chunk, dtype)).to(device)
     model.load_state_dict(tensors)
     return model.eval(), about

@@ -79,30 +79,49 @@ class Backbone:
             return cls(ReleasedFlow(shape), as_codec(shape, codec, height, width))
 
     @staticmethod
-    def check(folder: Path, height: int, width: int, device: str | torch.device, frames: int, trained: int = 0) -> None:
+    def check(
+        folder: Path,
+        height: int,
+        width: int,
+        device: str | torch.device,
+        frames: int,
+        dtype: torch.dtype | None = None,
+        trained: int = 0,
+    ) -> None:
         """Raises a ValueError if it does not fit into memory, for chunks of latent frames and, `trained` on, so many clips."""
         device = torch.device(device)
-        needs = sampling_needs(*find_parts(folder), height, width, frames, _layers(device), trained=trained)
+        layers = _layers(device, dtype)
+        needs = sampling_needs(*find_parts(folder), height, width, frames, layers, trained=trained)
         check_memory(needs, device, "Give a larger device, frames of fewer pixels, or fewer clips a batch.")
 
     @classmethod
-    def load(cls, folder: Path, height: int, width: int, device: str | torch.device, frames: int) -> "Backbone":
-        """The whole of it, for chunks of latent frames of so many pixels; bfloat16 layers on CUDA, float32 elsewhere.
+    def load(
+        cls,
+        folder: Path,
+        height: int,
+        width: int,
+        device: str | torch.device,
+        frames: int,
+        dtype: torch.dtype | None = None,
+    ) -> "Backbone":
+        """The whole of it, for chunks of latent frames of so many pixels; layers of no `dtype` are bfloat16 on CUDA, else float32.
 
         Raises:
             ImportError: if `diffusers` is not installed.
             ValueError: if it cannot be read or does not fit into memory.
         """
         device = torch.device(device)
-        dtype: torch.dtype = getattr(torch, _layers(device))
-        cls.check(folder, height, width, device, frames)
+        cls.check(folder, height, width, device, frames, dtype)
+        dtype = getattr(torch, _layers(device, dtype))
         flow = load_released(folder, device=device, dtype=dtype).requires_grad_(False)
         return cls(flow, as_codec(flow.config, load_codec(folder / "vae", device, dtype), height, width).to(device))
 
 
-def _layers(device: torch.device) -> Literal["bfloat16", "float32"]:
+def _layers(device: torch.device, dtype: torch.dtype | None) -> Literal["bfloat16", "float32"]:
     """What its layers compute in."""
-    return "bfloat16" if device.type == "cuda" else "float32"
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def as_codec(shape: ReleasedConfig, vae: WanCodec | ImageCodec, height: int, width: int) -> VideoCodec:

@@ -19,9 +19,9 @@ def stored_numbers(folder: Path, prefixes: tuple[str, ...] = ("",)) -> int:
     return sum(math.prod(shape) for name, shape in open_network(folder).shapes.items() if name.startswith(prefixes))
 
 
-def codec_needs(codec: WanCodec | ImageCodec, height: int, width: int, size: int) -> list[Need]:
-    """What a codec takes to decode a group of frames, at `size` bytes a number; of its activations about."""
-    across = codec.time * height * width / codec.patch**2
+def codec_needs(codec: WanCodec | ImageCodec, height: int, width: int, size: int, videos: int = 1) -> list[Need]:
+    """What a codec takes to decode a group of frames of some videos, at `size` bytes a number; of its activations about."""
+    across = videos * codec.time * height * width / codec.patch**2
     return [
         Need("VAE", float(size * sum(parameter.numel() for parameter in codec.vae.parameters()))),
         Need("its activations", LIVE * size * codec.width * across),

@@ -167,7 +167,7 @@ def sampling_needs(
     if trained:
         kept = trained * shape.layers_per_block[-1] * memory["activations of a parallel pass, about"]
         flow.append(Need("activations kept for training, about", 1e9 * kept))
-    return flow + codec_needs(codec, height, width, getattr(torch, dtype).itemsize)
+    return flow + codec_needs(codec, height, width, getattr(torch, dtype).itemsize, max(1, trained))
 
 
 def info(config: InfoConfig) -> Plan:

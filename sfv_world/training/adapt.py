@@ -1,6 +1,7 @@
 """Begins the training of a control adapter on a released model that stays as it is (`--init ... --freeze-backbone`)."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from sfv_world.checkpoint import CONFIG, read_world
@@ -54,7 +55,8 @@ def adapt(
             f"clip: expected {1 + codec.time} to {longest} frames, a step of {codec.time} after the first and a chunk of "
             f"{config.chunk} latent frames, got {clip}."
         )
-    if (out / CONFIG).exists() and (before := read_world(out, AdaptedConfig)[0]) != config:
+    before = read_world(out, AdaptedConfig)[0] if (out / CONFIG).exists() else config
+    if replace(before, backbone=config.backbone) != config:  # wherever it lies
         raise ValueError(f"resume: expected what the run in {out} began with, {before}, got {config}.")
     latent_frames = 1 + (clip - 1) // codec.time
     Backbone.check(folder, height, width, device, latent_frames, trained=batch)

@@ -37,6 +37,11 @@ class Trainer(Run):
     config: TrainConfig
 
     def __init__(self, config: TrainConfig, group: Group = ALONE):
+        if config.resume and is_adapted(config.out) and not config.freeze_backbone:
+            raise ValueError(
+                f"resume: expected --freeze-backbone and --init for the run in {config.out}, which trains a world on a released "
+                "model, got none. Add them."
+            )
         super().__init__(config, group)
         self.before: dict[str, int | float] | None = None
         self.model = self._on_released() if config.freeze_backbone else self._of_own_weights()
@@ -127,12 +132,13 @@ class Trainer(Run):
         model, config = self.averaged, self.config
         if not self.group.first:
             return {}
-        sampler = ClipSampler(self.held_out, config.clip, 16, seed=1)
+        at_once = config.batch // self.group.size if config.freeze_backbone else 16  # what there is room for
+        sampler = ClipSampler(self.held_out, config.clip, at_once, seed=1)
         generator = torch.Generator(config.device).manual_seed(config.seed)
         objective, found = replace(config.objective, action_dropout=0.0, errors=0.0, imagined=0.0), []
         model.eval()
         with torch.no_grad():
-            for index in range(batches):
+            for index in range(-(-16 * batches // at_once)):
                 batch = Batch.from_clips(sampler.batch(index), model)
                 loss = world_loss(model, batch, objective, generator)
                 left = {"noise_left": noise_left(model, batch, loss)} if model.denoiser else {}
