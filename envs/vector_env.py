@@ -140,7 +140,8 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         Args:
             seed: of the first row, the others following it; or one for each row, None for those whose generators go on.
             options: "frames", (num_envs, K, H, W, 3) uint8, K as in `WorldEnv`, with "actions", the num_envs x K-1 actions between
-                them; by default, rows begin at start frames that came with the world. "reset_mask", (num_envs,) bool: rows to
+                them, and "noised": True if they are imagined ones (see `World.reset`); by default, rows begin at start frames
+                that came with the world. "reset_mask", (num_envs,) bool: rows to
                 reset.
 
         Returns:
@@ -150,17 +151,16 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             ValueError: if an option or a seed is not as expected; nothing has changed then.
         """
         self._settle()
-        mask, observed = self._options(options or {})
-        seeds, generators = self._seeds(seed), list(self._generators)
-        for row in np.flatnonzero(mask):
-            own, given = generators[row], seeds[row]
-            generators[row] = copy.deepcopy(own) if given is None else seeding.np_random(given)[0]
+        options = options or {}
+        mask, observed = self._options(options)
+        fresh = _seeded(self._generators, _seeds(seed, self.num_envs))
+        generators = [new if begins else old for new, old, begins in zip(fresh, self._generators, mask, strict=True)]
         previous = self._generators, self._state
         self._generators = generators
         if mask.all():
             self._state = None
         try:
-            self._begin(np.flatnonzero(mask), observed)
+            self._begin(np.flatnonzero(mask), observed, bool(options.get("noised", False)))
         except ValueError:
             self._generators, self._state = previous
             raise
@@ -236,16 +236,17 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         generators = [copy.deepcopy(self._generators[row]) for row in index]
         return RowsState(state, self._steps[index], self._ended[index], generators)
 
-    def restore_state(self, saved: RowsState, rows: Any = slice(None)) -> None:
-        """Puts rows where those of a saved state stood, with what decides their later episodes.
+    def restore_state(self, saved: RowsState, rows: Any = slice(None), seed: Any = None) -> None:
+        """Puts rows where those of a saved state stood, with what decides what comes: they draw what was drawn the first time.
 
-        If all rows are restored, in which case they need not have begun, they go on bit for bit as they did; some of them join
-        the others at their clock, and do so to float32 rounding.
+        With `seed`, of the first row or one for each as in `reset`, they draw other futures of the same past. If all rows are
+        restored, in which case they need not have begun, they go on bit for bit as they did; some of them join the others at
+        their clock, and do so to float32 rounding.
 
         Raises:
             ResetNeeded: if some rows are to join others that have not begun.
-            ValueError: if the state is none, of another number of rows, or of another world, or rows are named twice; nothing has
-                changed then.
+            ValueError: if the state is none, of another number of rows, or of another world, rows are named twice, or seeds are
+                not as expected; nothing has changed then.
         """
         self._settle()
         index = np.atleast_1d(np.arange(self.num_envs)[rows])
@@ -257,29 +258,25 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             got = f"{len(saved.rows)} rows" if isinstance(saved, RowsState) else type(saved).__name__
             raise ValueError(f"state: expected a saved state of {len(index)} rows, got {got}.")
         self.world.check_state(saved.rows)
+        seeds = _seeds(seed, len(index))
+        generators, wanted = _seeded(saved.generators, seeds), saved.rows
+        if seed is not None:
+            of_rows = zip(wanted.seeds, seeds, generators, strict=True)
+            wanted = wanted.reseeded([old if one is None else own.integers(2**63) for old, one, own in of_rows])
         if len(index) == self.num_envs:
-            self._state = saved.rows[np.argsort(index)]
+            self._state = wanted[np.argsort(index)]
         else:
             current = self._current("restore_state")
-            current.put(index, self.world.at_clock(saved.rows, current.clock))
+            current.put(index, self.world.at_clock(wanted, current.clock))
         self._steps[index], self._ended[index] = saved.steps, saved.ended
-        for row, generator in zip(index, saved.generators, strict=True):
-            self._generators[row] = copy.deepcopy(generator)
-
-    def _seeds(self, seed: Any) -> list[int | None]:
-        if isinstance(seed, int | np.integer):
-            seed = [int(seed) + row for row in range(self.num_envs)]
-        seeds = [seed] * self.num_envs if np.ndim(seed) == 0 else list(seed)
-        numbers = [seed for seed in seeds if seed is not None]
-        if len(seeds) != self.num_envs or not all(isinstance(n, int | np.integer) and n >= 0 for n in numbers):
-            raise ValueError(f"seed: expected {self.num_envs} integers from 0, or None, one per row, got {seeds}.")
-        return [None if seed is None else int(seed) for seed in seeds]
+        for row, generator in zip(index, generators, strict=True):
+            self._generators[row] = generator
 
     def _options(self, options: dict[str, Any]) -> tuple[np.ndarray, tuple[Any, ...] | None]:
-        unknown = options.keys() - {"frames", "actions", "reset_mask"}
-        if unknown or ("actions" in options and "frames" not in options):
+        unknown = options.keys() - {"frames", "actions", "noised", "reset_mask"}
+        if unknown or ({"actions", "noised"} & options.keys() and "frames" not in options):
             raise ValueError(
-                f"options: expected 'frames' with 'actions', 'reset_mask', or none of them, got {sorted(options)}."
+                f"options: expected 'frames' with 'actions' and 'noised', 'reset_mask', or none of them, got {sorted(options)}."
             )
         mask = to_host(options.get("reset_mask", np.ones(self.num_envs, bool)), "reset_mask")
         if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
@@ -303,7 +300,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             actions = map_actions(partial(masked, "actions"), self.single_action_space, actions)
         return mask, (frames, actions)
 
-    def _begin(self, rows: np.ndarray, observed: tuple[Any, ...] | None = None) -> None:
+    def _begin(self, rows: np.ndarray, observed: tuple[Any, ...] | None = None, noised: bool = False) -> None:
         """Begins episodes in rows: at the clock of the others, or alone if there are none."""
         if len(rows) == 0:
             return
@@ -313,7 +310,7 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
             fresh = self.world.start(seeds, clock)
         else:
             frames, past = observed
-            fresh = self.world.reset(frames, past, seeds, clock)
+            fresh = self.world.reset(frames, past, seeds, clock, noised=noised)
         if self._state is None:
             self._state = fresh
         else:
@@ -353,3 +350,22 @@ class WorldVectorEnv(VectorEnv[Any, Any, Any]):
         return tree_unflatten(
             [x.clone() for x in tensors] if self.output == "torch" else Fetch(tensors).wait(), structure
         )
+
+
+def _seeds(seed: Any, rows: int) -> list[int | None]:
+    """A seed a row, or none for those whose generators go on: the first one's and those that follow it, or one for each."""
+    if isinstance(seed, int | np.integer):
+        seed = [int(seed) + row for row in range(rows)]
+    seeds = [seed] * rows if np.ndim(seed) == 0 else list(seed)
+    numbers = [seed for seed in seeds if seed is not None]
+    if len(seeds) != rows or not all(isinstance(n, int | np.integer) and n >= 0 for n in numbers):
+        raise ValueError(f"seed: expected {rows} integers from 0, or None, one per row, got {seeds}.")
+    return [None if seed is None else int(seed) for seed in seeds]
+
+
+def _seeded(generators: list[np.random.Generator], seeds: list[int | None]) -> list[np.random.Generator]:
+    """Copies of rows' generators, or new ones where there are seeds."""
+    return [
+        copy.deepcopy(own) if one is None else seeding.np_random(one)[0]
+        for own, one in zip(generators, seeds, strict=True)
+    ]

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
+from gymnasium.utils import seeding
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -120,8 +122,9 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
             seed: seeds `np_random`, which decides the episode's randomness and, without options, where it starts.
             options: "frames", (K, H, W, 3) uint8, K being 1 + a multiple of the frames of a step, and "actions", the K-1 actions
                 between them: an array with the actions in its first dimension, for Dict and Tuple spaces a dict or tuple of
-                such; frames alone if the actions are not known. By default, the
-                episode starts at one of the start frames that came with the world.
+                such; frames alone if the actions are not known. With "noised": True they are imagined frames, which have the
+                world's noise already (see `World.reset`). By default, the episode starts at one of the start frames that came
+                with the world.
 
         Returns:
             The last observed frame and an empty info.
@@ -129,12 +132,13 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         Raises:
             ValueError: if an option is unknown, missing, or not as the world expects; nothing has changed then.
         """
-        observed = self._observed(options or {})
+        observed, noised = self._observed(options or {}), bool((options or {}).get("noised", False))
         before = copy.deepcopy(self._np_random), self._np_random_seed
         super().reset(seed=seed)
         row_seed = [self.np_random.integers(2**63)]
         try:
-            self._state = self.world.start(row_seed) if observed is None else self.world.reset(*observed, row_seed)
+            begin = self.world.start if observed is None else partial(self.world.reset, *observed, noised=noised)
+            self._state = begin(row_seed)
         except ValueError:
             self._np_random, self._np_random_seed = before
             raise
@@ -203,11 +207,16 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         """
         return EnvState(self._current("save_state")[:], self._terminated)
 
-    def restore_state(self, state: Any) -> None:
-        """Continues from a saved state, bit for bit as the first time if the actions are the same.
+    def restore_state(self, state: Any, seed: int | None = None) -> None:
+        """Continues from a saved state, bit for bit as the first time if the actions are the same; or by other chance.
 
-        It may be restored any number of times, and in any environment of the same world. `np_random`, which seeds
-        later episodes, goes on as it is, and so do wrappers: `max_episode_steps` counts steps, not frames.
+        It may be restored any number of times, and in any environment of the same world: behind Gymnasium's wrappers, which
+        count steps and refuse them before a `reset`, reset that one first. `np_random`, which seeds later episodes, goes on as
+        it is, and so do wrappers: `max_episode_steps` counts steps, not frames.
+
+        Args:
+            state: what `save_state` gave; it can be pickled.
+            seed: of another future; none: what is drawn is what was drawn the first time.
 
         Raises:
             ValueError: if the state is none, or another world's; nothing has changed then.
@@ -215,7 +224,8 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         if not isinstance(state, EnvState):
             raise ValueError(f"state: expected what save_state returned, got {type(state).__name__}.")
         self.world.check_state(state.row)
-        self._state, self._terminated = state.row[:], state.terminated
+        row = state.row[:] if seed is None else state.row.reseeded([seeding.np_random(seed)[0].integers(2**63)])
+        self._state, self._terminated = row, state.terminated
 
     def _current(self, name: str) -> WorldState:
         if self._state is None:
@@ -234,10 +244,10 @@ class WorldEnv(gym.Env[np.ndarray, Any]):
         """Frames and actions of one row, batched for `World.reset`; None if none are given."""
         if not options:
             return None
-        if "frames" not in options or options.keys() - {"frames", "actions"}:
+        if "frames" not in options or options.keys() - {"frames", "actions", "noised"}:
             raise ValueError(
-                f"options: expected 'frames' with 'actions', or none of them, got {list(options)}. Give K observed frames and "
-                "the K-1 actions between them, or nothing to begin at a start frame of the world."
+                f"options: expected 'frames' with 'actions' and 'noised', or none of them, got {list(options)}. Give K observed "
+                "frames and the K-1 actions between them, or nothing to begin at a start frame of the world."
             )
         frames = given_frames(options["frames"], "(K", self.world.frame_shape, self.world.device)[None]
         actions = options.get("actions")

@@ -37,6 +37,10 @@ class Recorder:
         self._inputs: dict[Hashable, list[Tensor]] = {}
         self._recordings: dict[Hashable, tuple[Callable[[], None], Sequence[Tensor]]] = {}
 
+    def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
+        """Copies record anew: a recording is of the very memory that it was made in."""
+        return Recorder, ()
+
     def __call__(self, function: Function, inputs: Sequence[Tensor], key: Hashable) -> list[Tensor]:
         """`function` of `inputs`, which it leaves as they are; recorded first if none with this key and shapes is."""
         shapes = tuple(x.shape for x in inputs)

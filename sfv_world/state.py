@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from sfv_world.decoding.frames import StreamState
+from sfv_world.given import given_seeds
 from sfv_world.memory import check_rows
 from sfv_world.released.stream import ReleasedStream
 from sfv_world.transfer import to_device
@@ -118,6 +119,16 @@ class WorldState:
         held = self.held and self.held.map(lambda tensor: tensor[places])
         stream, seeds, ages = self.stream.rows(places), self.seeds[index], self.ages[index]
         return WorldState(self.world, stream, self.frames[places], seeds, ages, held)
+
+    def reseeded(self, seeds: Any) -> "WorldState":
+        """A copy whose rows draw what comes by other seeds, an integer for each: other futures of the same past.
+
+        Raises:
+            ValueError: as for any copy, or if seeds are of another number, type or range.
+        """
+        own = self[:]
+        own.seeds = given_seeds(seeds, len(own))
+        return own
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state but its clock, by name."""

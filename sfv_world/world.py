@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Callable
 from dataclasses import fields as fields_of
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -36,8 +36,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def untracked(function: Function) -> Function:
-    """Without gradients, but never in inference mode: a state that was made in it could not go on outside."""
-    return torch.inference_mode(False)(torch.no_grad()(function))
+    """A verb without gradients and autocast, which would round what is exact; and never in inference mode: a state that was made
+    in it could not go on outside."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @wraps(function)
+    def alone(self: "World", *args: Any, **options: Any) -> Any:
+        with torch.autocast(self.device.type, enabled=False):
+            return function(self, *args, **options)
+
+    return cast(Function, alone)
 
 
 class Score(NamedTuple):
@@ -360,6 +369,8 @@ class World:
     def score(self, frames: Any, actions: Any = None, seeds: Any = None) -> Score:
         """Scores whole videos in one parallel pass: what `reset` and `observe` would say, frame by frame.
 
+        It takes memory for every frame, about 1.3 MB in `doom-basic`; `observe` does not.
+
         Args:
             frames: (B, T, H, W, 3) uint8; T is 1 + a multiple of `time`.
             actions: the B x T-1 actions between them; unknown if not given.
@@ -367,9 +378,13 @@ class World:
 
         Returns:
             What is said of every step: of the first frame, then of every `time` frames.
+
+        Raises:
+            ValueError: if shapes, types or values are not what the world expects, or there is no room for so many frames.
         """
         frames = given_frames(frames, "(B, K", self.frame_shape, self.device)
         rows, count = frames.shape[:2]
+        check_rows(rows, self.model.row_size(count, self.decoding), self.device)
         vectors, known = self._past_actions(actions, rows, count)
         tokens = self._noised(frames, given_seeds(seeds, rows), np.zeros(rows, np.int64))
         reading = self.model(tokens, vectors, known)
@@ -487,6 +502,10 @@ class World:
 
     def _check_own(self, state: WorldState) -> None:
         """Raises a ValueError unless `state` is one of this world that was not used up."""
+        if not isinstance(state, WorldState):
+            raise ValueError(
+                f"state: expected a WorldState, got {type(state).__name__}. What environments save has one: `row` or `rows`."
+            )
         if (state.world, state.frames.device) != (self.checksum, self.device):
             raise ValueError(
                 f"state: expected one of {self.name} on {self.device} (checksum {self.checksum}), got one of another world, on "

@@ -272,3 +272,20 @@ def test_a_configuration_says_which_codec(folder, tmp_path):
     for config in (PixelCodecConfig(16, 24, 4), LatentCodecConfig(SHAPE, 2)):
         assert adapter.validate_python(adapter.dump_python(config, mode="json")) == config
     assert isinstance(World(load_model(folder)[0]).model.codec, LatentCodec)
+
+
+def test_what_a_world_says_is_the_same_under_a_callers_autocast(world):
+    def said():
+        state, imagined = world.step(world.reset(VIDEO[:, :1]), [0, 1, 2])
+        _, observed = world.observe(state, [0, 1, 2], VIDEO[:, 1])
+        return (
+            world.score(VIDEO, ACTIONS).log_likelihood,
+            imagined.frames,
+            imagined.log_likelihood,
+            observed.log_likelihood,
+        )
+
+    expected = said()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = said()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))

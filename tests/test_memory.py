@@ -49,6 +49,8 @@ def test_rows_that_do_not_fit_are_told_before_they_are_begun(tiny_world, monkeyp
     with pytest.raises(ValueError, match=TOLD):
         tiny_world.reset(frames)
     with pytest.raises(ValueError, match=TOLD):
+        tiny_world.score(frames)
+    with pytest.raises(ValueError, match=TOLD):
         envs.save_state([0, 1])
     with pytest.raises(ValueError, match=TOLD):
         envs.reset(seed=1)

@@ -420,6 +420,14 @@ expected, found = (world.step(world.start([3, 4]), [0, 1])[1] for world in (plai
 assert (expected.frames.int() - found.frames.int()).abs().max() <= 1
 torch.testing.assert_close(expected.log_likelihood, found.log_likelihood, rtol=1e-5, atol=1e-3)
 assert (found.certificate <= 1e-3).all() and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+import copy, pickle
+for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):  # weights of their own, compiled anew when asked
+    assert "decode" not in vars(other.model.flow.shallow)
+    torch.nn.init.zeros_(other.model.flow.shallow.blocks[0].proj_out.weight)
+    changed = other.step(other.start([3, 4]), [0, 1])[1]
+    assert not torch.equal(changed.frames, expected.frames)
+again = fused.step(fused.start([3, 4]), [0, 1])[1]
+assert torch.equal(again.frames, found.frames)
 """  # in a process of its own: torch.compile cannot see through the shape checks of these tests
     subprocess.run([sys.executable, "-c", script, build_world("bands")], check=True)
     with pytest.raises(ValueError, match=r"compiled: expected a world whose shallow flow goes in bands"):

@@ -9,7 +9,7 @@ autoregression, arXiv 1703.03664, with the affine maps of RealNVP, arXiv 1605.08
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -120,6 +120,10 @@ class BandFlow(nn.Module):
         for parameter in self.bends.parameters():
             nn.init.zeros_(parameter)
         self.register_buffer("group", spread(grid, groups), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was compiled, which is of this very module: copies compile their own (`World.compiled`)."""
+        return {name: value for name, value in super().__getstate__().items() if name != "decode"}
 
     @property
     def passes(self) -> int:
