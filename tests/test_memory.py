@@ -1,5 +1,6 @@
 """Memory: rows that there is no room for are told before anything is begun or changed."""
 
+import math
 import os
 
 import numpy as np
@@ -8,13 +9,42 @@ import torch
 
 from sfv_world import memory
 from sfv_world.envs.vector_env import WorldVectorEnv
-from sfv_world.memory import Need, available, check_memory, check_rows
+from sfv_world.memory import Need, available, check_memory, check_rows, left_by_groups
 
 TOLD = r"memory: expected about .* GB free on cpu \(.* rows .*\), got 0.00 GB. Give fewer rows."
 
 
 def test_what_is_free_is_less_than_there_is():
     assert 0 < available(torch.device("cpu")) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_control_groups_leave_is_less(tmp_path, monkeypatch):
+    def group(name, limit, used, cached, files=("memory.max", "memory.current")):
+        folder = tmp_path / "sys/fs/cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, value in zip(
+            (*files, "memory.stat"), (limit, used, f"anon 1\ninactive_file {cached}\n"), strict=True
+        ):
+            (folder / file).write_text(f"{value}\n")
+
+    (tmp_path / "proc/self").mkdir(parents=True)
+    told = tmp_path / "proc/self/cgroup"
+    assert left_by_groups(tmp_path) == math.inf
+    told.write_text("0::/batch/job\n")
+    assert left_by_groups(tmp_path) == math.inf
+    group("batch/job", "max", 500, 0)
+    assert left_by_groups(tmp_path) == math.inf
+    group("batch", 9000, 5000, 300)
+    assert left_by_groups(tmp_path) == 4300
+    group("batch/job", 5000, 4000, 100)
+    assert left_by_groups(tmp_path) == 1100
+    group(".", 1000, 900, 50)
+    assert left_by_groups(tmp_path) == 150
+    told.write_text("5:cpu,cpuacct:/a\n4:memory:/b\n")
+    group("memory/b", 700, 600, 20, ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    assert left_by_groups(tmp_path) == 120
+    monkeypatch.setattr(memory, "left_by_groups", lambda: 77.0)
+    assert available(torch.device("cpu")) == 77
 
 
 def test_what_is_needed_is_told_by_its_parts(monkeypatch):
