@@ -453,7 +453,7 @@ def test_the_backbone_computes_in_what_is_asked_for(folder, world):
     assert half.model.flow.block(-1).layer_weight.dtype == torch.bfloat16
     assert (
         half.checksum != world.checksum
-        and half.start([0]).stream.parts[0].deep.block.cache.keys.dtype == torch.bfloat16
+        and half.start([0]).stream.parts[0].deep.block.cache.keys[0].dtype == torch.bfloat16
     )
     env = gym.make("sfv_world/World-v0", world=str(folder), dtype=torch.bfloat16)
     assert env.unwrapped.world.checksum == half.checksum
@@ -486,12 +486,12 @@ def test_memory_is_counted_before_loading(folder, monkeypatch):
 def test_rows_that_do_not_fit_are_told_before_they_are_begun(world, monkeypatch):
     state = world.start([0, 1])
     cache = state.stream.parts[0].deep.block.cache
-    assert state.size > 2 * cache.keys.nbytes
+    assert state.size > 2 * cache.nbytes / 2
     frames = 1 + 2 * world.time
-    assert world.model.row_size(frames, world.decoding) > cache.keys.nbytes  # of two rows: the keys and values of one
+    assert world.model.row_size(frames, world.decoding) > cache.nbytes / 2  # of two rows: the keys and values of one
     guided = world.with_decoding(guidance=1.0).decoding
     more = world.model.row_size(frames, guided) - world.model.row_size(frames, world.decoding)
-    assert more == pytest.approx(cache.keys.nbytes)
+    assert more == pytest.approx(cache.nbytes / 2)
     monkeypatch.setattr(memory, "UNASKED", 0)
     monkeypatch.setattr(memory, "available", lambda device: state.size)
     assert len(state[:]) == 2

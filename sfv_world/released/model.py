@@ -131,8 +131,10 @@ class FlowBlock(Transformer):
     def new_cache(self, rows: int, slots: int) -> SequenceCache:
         """An empty cache for `rows` sequences of `slots` slots, text included."""
         weight = self.layer_weight
-        shape = (len(self.attn_blocks), rows, len(weight) // self.head_dim, slots, self.head_dim)
-        keys, values = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        shape = (rows, len(weight) // self.head_dim, slots, self.head_dim)
+        keys, values = (
+            [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.attn_blocks] for _ in range(2)
+        )
         return SequenceCache(keys, values)
 
 

@@ -32,7 +32,7 @@ class BlockState:
     @property
     def copies(self) -> int:
         """How often it was read: 2 where guidance has it read with two texts."""
-        return self.cache.keys.shape[1] // len(self.before) if len(self.before) else 1
+        return self.cache.rows // len(self.before) if len(self.before) else 1
 
 
 class BlockStream:

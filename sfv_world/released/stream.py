@@ -56,7 +56,9 @@ class Videos:
     @property
     def place(self) -> Hashable:
         """What videos must have in common to be together."""
-        return self.observed, frozenset((name, tensor.shape[1:]) for name, tensor in self.tensors().items())
+        block = self._deep.block
+        shapes = frozenset((name, tensor.shape[1:]) for name, tensor in self._rest().items())
+        return self.observed, block.copies, block.cache.length, shapes
 
     @property
     def outline(self) -> dict[str, list[int]]:
@@ -64,14 +66,24 @@ class Videos:
         return {"seen": self.seen.outline, "shown": self.shown.outline, "observed": [int(self.observed)]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that each video has of its own, by name, videos first."""
-        assert self.deep is not None and self.deep.previous is not None, "whoever has a stream has read a frame"
-        cache = self.deep.block.cache
-        known = (x[..., : cache.length, :] for x in (cache.keys, cache.values))
-        keys, values = (rearrange(x, "layers (n b) h l d -> b n layers h l d", n=self.deep.block.copies) for x in known)
+        """Copies of all that each video has of its own, by name, videos first."""
+        block = self._deep.block
+        keys, values = (
+            rearrange(x, "layers (n b) h l d -> b n layers h l d", n=block.copies) for x in block.cache.known()
+        )
+        return {"keys": keys, "values": values, **self._rest()}
+
+    @property
+    def _deep(self) -> DeepState:
+        assert self.deep is not None, "whoever has a stream has read a frame"
+        return self.deep
+
+    def _rest(self) -> dict[str, Tensor]:
+        """The same but for keys and values."""
+        previous = self._deep.previous
+        assert previous is not None, "whoever has a stream has read a frame"
         chunk = (torch.stack(part, dim=1) for part in zip(*self.chunk, strict=True))
-        tensors = {"keys": keys, "values": values, **dict(zip(Past._fields, chunk, strict=True))}
-        tensors |= self.deep.previous.tensors("deep")
+        tensors = {**dict(zip(Past._fields, chunk, strict=True)), **previous.tensors("deep")}
         for index, stage in self.shallow.items():
             tensors |= stage.tensors(f"shallow.{index}")
         return tensors | self.seen.tensors("seen") | self.shown.tensors("shown")
@@ -79,10 +91,7 @@ class Videos:
     @property
     def size(self) -> int:
         """Bytes that they take: the keys and values of a whole chunk, and all else."""
-        assert self.deep is not None, "whoever has a stream has read a frame"
-        cache, rest = self.deep.block.cache, self.tensors()
-        whole = (cache.keys, cache.values, *(tensor for name, tensor in rest.items() if name not in ("keys", "values")))
-        return sum(tensor.nbytes for tensor in whole)
+        return self._deep.block.cache.nbytes + sum(tensor.nbytes for tensor in self._rest().values())
 
     @classmethod
     def of(
@@ -90,13 +99,10 @@ class Videos:
         rows: Int[np.ndarray, "b"],
         tensors: Mapping[str, Tensor],
         outline: Mapping[str, list[int]],
-        new_cache: Callable[[int], SequenceCache],
+        cache: SequenceCache,
     ) -> "Videos":
-        """Those whose `tensors` and `outline` these are; `new_cache` makes an empty one of so many rows."""
+        """Those whose keys and values are in `cache`, and whose other `tensors` and `outline` these are."""
         previous = Stage.of(tensors, "deep")
-        keys, values = (rearrange(tensors[x], "b n layers h l d -> layers (n b) h l d") for x in ("keys", "values"))
-        cache = new_cache(keys.shape[1])
-        cache.fill(keys, values)
         deep = DeepState(BlockState(cache, previous.tokens[:, -1:]), previous)
         pasts = ([x.clone() for x in tensors[name].unbind(1)] for name in Past._fields)  # a view would pickle the whole
         chunk = [Past(*parts) for parts in zip(*pasts, strict=True)]
@@ -107,20 +113,33 @@ class Videos:
 
     def select(self, index: Int[np.ndarray, "n"], rows: Int[np.ndarray, "n"]) -> "Videos":
         """Copies of some of them, which go on from here on their own, as the given rows."""
-        where = to_device(index, self.chunk[-1].tokens.device)
-        return self._with(rows, {name: tensor[where] for name, tensor in self.tensors().items()})
+        return self._of_some(index, rows, self._deep.block.cache.select(self._sequences(index)))
+
+    def keep(self, index: Int[np.ndarray, "n"]) -> "Videos":
+        """Some of them alone; uses these up."""
+        cache = self._deep.block.cache
+        cache.keep(self._sequences(index))
+        return self._of_some(index, self.rows[index], cache)
 
     def join(self, others: Sequence["Videos"]) -> "Videos":
-        """These and others at the same place, together."""
+        """These and others at the same place, together; uses all of them up."""
         if not others:
             return self
-        first, *rest = (videos.tensors() for videos in (self, *others))
+        first, *rest = (videos._rest() for videos in (self, *others))
         joined = {name: torch.cat([tensor, *(other[name] for other in rest)]) for name, tensor in first.items()}
-        return self._with(np.concatenate([self.rows, *(videos.rows for videos in others)]), joined)
+        rows = np.concatenate([self.rows, *(videos.rows for videos in others)])
+        block = self._deep.block
+        block.cache.join([videos._deep.block.cache for videos in others], block.copies)
+        return Videos.of(rows, joined, self.outline, block.cache)
 
-    def _with(self, rows: Int[np.ndarray, "n"], tensors: Mapping[str, Tensor]) -> "Videos":
-        assert self.deep is not None, "whoever has a stream has read a frame"
-        return Videos.of(rows, tensors, self.outline, self.deep.block.cache.empty)
+    def _sequences(self, index: Int[np.ndarray, "n"]) -> Int[Tensor, "m"]:
+        """Where in the cache some of them are, in all copies."""
+        first = np.arange(self._deep.block.copies)[:, None] * len(self.rows)
+        return to_device((first + index).ravel(), self.chunk[-1].tokens.device)
+
+    def _of_some(self, index: Int[np.ndarray, "n"], rows: Int[np.ndarray, "n"], cache: SequenceCache) -> "Videos":
+        where = to_device(index, self.chunk[-1].tokens.device)
+        return Videos.of(rows, {name: tensor[where] for name, tensor in self._rest().items()}, self.outline, cache)
 
 
 @dataclass
@@ -168,7 +187,7 @@ class ReleasedStream:
             if len(stay) == len(videos.rows):
                 parts.append(videos)
             elif len(stay):
-                parts.append(videos.select(stay, videos.rows[stay]))
+                parts.append(videos.keep(stay))
         self.parts = parts
         self.regroup()
 
@@ -196,8 +215,10 @@ class ReleasedStream:
             lead = f"{len(parts)}."
             own = {name.removeprefix(lead): x for name, x in tensors.items() if name.startswith(lead)}
             outline = {name: own[f"outline.{name}"].tolist() for name in ("seen", "shown", "observed")}
-            rows = own["rows"].cpu().numpy()
-            parts.append(Videos.of(rows, own, outline, new_cache))
+            keys, values = (rearrange(own[x], "b n layers h l d -> layers (n b) h l d") for x in ("keys", "values"))
+            cache = new_cache(keys.shape[1])
+            cache.fill(keys, values)
+            parts.append(Videos.of(own["rows"].cpu().numpy(), own, outline, cache))
         return cls(parts)
 
     @property
