@@ -102,13 +102,16 @@ def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
     )
 
 
-def test_the_prompt_is_kept_with_its_caption_and_without(home, config, monkeypatch):
-    told = []
-    monkeypatch.setattr(adapt, "format_prompt", lambda caption, *about: told.append((caption, *about)) or caption)
-    model = Trainer(config).model
-    states = load_text_encoder(home / "backbone/text_encoder", LENGTH)(["a cat", ""])
+@pytest.mark.parametrize("fps", [None, 10.0])
+def test_the_prompt_is_kept_with_its_caption_and_without(home, config, tmp_path, fps):
+    """As generating tells it: the noise, the frames' size, and the recording's frames a second where it says."""
+    if fps:
+        config = replace(config, data=tmp_path / "data")
+        MinariStorage.read(record(config.data, DISCRETE, (36, 33))).update_metadata({"fps": fps})
+    model = Trainer(replace(config, noise=0.3, held_out=0.5)).model
+    told = f"Noise Level 300:\nA video with {int(fps or 16)} fps:\n{{}}\n\n in a 3:2 aspect ratio.\n"
+    states = load_text_encoder(home / "backbone/text_encoder", LENGTH)([told.format("a cat"), told.format("")])
     assert torch.equal(model.text, states[:1]) and torch.equal(model.unconditional, states[1:])
-    assert told == [("a cat", 0.5, 16, 24, 16), ("", 0.5, 16, 24, 16)] and not torch.equal(*states)
 
 
 def test_memory_is_counted_before_anything_is_loaded(config, monkeypatch):

@@ -146,7 +146,10 @@ def test_what_is_said_of_imagined_steps_is_that_of_a_parallel_pass(world, denois
     with torch.no_grad():
         for at, before in model.config.chunks(8):
             encoding = model.flow(
-                whole[:, at], model.text.expand(3, -1, -1), model.codec.config.grid, model.adapter.told(told[:, at], 6)
+                whole[:, at],
+                model.text.expand(3, -1, -1),
+                model.codec.config.grid,
+                model.adapter.told(told[:, at], LENGTH),
             )
             for n in range(max(before, 3 - at.start), at.stop - at.start):
                 output = outputs[at.start + n - 3]

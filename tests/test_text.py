@@ -14,12 +14,15 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5Fo
 from sfv_world.released import text as reading
 from sfv_world.released.text import PromptCache, aspect_ratio, format_prompt, load_text_encoder
 
-WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "runs", ":", "in"]
-LENGTH = 6
+WORDS = (
+    "<pad> </s> <unk> a cat dog runs : in Noise Level A video with fps aspect ratio . 500 300 16 8 10 1 2 3 9".split()
+)
+LENGTH = 24
+"""As many tokens as a prompt of a video with a caption of five words."""
 
 
 def save_encoder(folder, seed=0):
-    """A random T5 encoder of width 16 and a tokenizer of nine words, in the layout of `transformers`."""
+    """A random T5 encoder of width 16 and a tokenizer of the words of prompts, in the layout of `transformers`."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -64,10 +67,10 @@ def test_the_nearest_aspect_ratio(size, expected):
 @torch.no_grad()
 def test_states_are_the_encoders_and_zero_where_there_is_no_word(folder):
     encoder = load_text_encoder(folder, LENGTH)
-    states = encoder(["a cat runs", "a", "a dog runs in a cat runs in"])
+    states = encoder(["a cat runs", "a", "a dog runs in a flat"])
     assert states.shape == (3, LENGTH, 16)
     model = T5EncoderModel.from_pretrained(folder)
-    for row, ids in zip(states, ([3, 4, 6, 1], [3, 1], [3, 5, 6, 8, 3, 1]), strict=True):
+    for row, ids in zip(states, ([3, 4, 6, 1], [3, 1], [3, 5, 6, 8, 3, 2, 1]), strict=True):
         close(row[: len(ids)], model(torch.tensor([ids])).last_hidden_state[0])
         assert not row[len(ids) :].any()
     close(encoder(["a"])[0], states[1])
@@ -75,6 +78,26 @@ def test_states_are_the_encoders_and_zero_where_there_is_no_word(folder):
     half = load_text_encoder(folder, LENGTH, dtype=torch.bfloat16)(["a cat runs"])
     assert half.dtype == torch.float32
     close(half[0], states[0], atol=0.1)
+
+
+def test_the_tiny_encoder_sees_all_of_a_prompt(folder):
+    """Tests of what reads prompts see another one by its states."""
+    encoder = load_text_encoder(folder, LENGTH)
+    prompt = format_prompt("a cat runs", 0.5, 32, 48, 16)
+    ids = encoder.tokenizer([prompt]).input_ids[0]
+    assert len(ids) < LENGTH and WORDS.index("<unk>") not in ids
+    others = [
+        format_prompt(*about)
+        for about in (
+            ("", 0.5, 32, 48, 16),
+            ("ignored", 0.5, 32, 48, 16),
+            ("a cat runs", 0.3, 32, 48, 16),
+            ("a cat runs", 0.5, 48, 32, 16),
+            ("a cat runs", 0.5, 32, 48, 8),
+        )
+    ]
+    states = encoder([prompt, *others])
+    assert ((states[1:] - states[0]).abs().amax((1, 2)) > 0.01).all()
 
 
 @torch.no_grad()
@@ -103,7 +126,7 @@ def test_states_are_kept(folder, tmp_path, monkeypatch):
         close(cache.states(["", "a cat"]), expected[[1, 0]])
         with pytest.raises(AssertionError):
             cache.states(["a dog"])
-    assert replace(cache, length=7).missing([""]) == [""]
+    assert replace(cache, length=23).missing([""]) == [""]
 
 
 def test_states_of_another_encoder_are_others(tmp_path):
