@@ -80,6 +80,16 @@ def test_states_are_the_encoders_and_zero_where_there_is_no_word(folder):
     close(half[0], states[0], atol=0.1)
 
 
+@torch.no_grad()
+def test_words_that_are_not_read_are_told(folder, recwarn):
+    encoder = load_text_encoder(folder, 6)
+    exact = encoder(["a dog runs in a"])
+    assert not recwarn
+    with pytest.warns(UserWarning, match="prompt: expected at most 6 tokens, got 8; the last 2 are not read.*shorter"):
+        cut = encoder(["a dog runs in a cat runs", "a"])
+    close(cut[:1], exact)
+
+
 def test_the_tiny_encoder_sees_all_of_a_prompt(folder):
     """Tests of what reads prompts see another one by its states."""
     encoder = load_text_encoder(folder, LENGTH)

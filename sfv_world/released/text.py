@@ -6,6 +6,7 @@ A model reads `txt_size` states; those of padding are zero. Guidance needs a pro
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class TextEncoder:
     Args:
         model: a `T5EncoderModel`.
         tokenizer: its tokenizer.
-        length: tokens a prompt; longer prompts are cut.
+        length: tokens a prompt; longer prompts are cut, with a warning.
     """
 
     def __init__(self, model: Any, tokenizer: Any, length: int):
@@ -60,6 +61,13 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Float[Tensor, "b k e"]:
         """States of prompts, in float32."""
+        longest = max(map(len, self.tokenizer(list(prompts), verbose=False).input_ids))
+        if longest > self.length:
+            warnings.warn(
+                f"prompt: expected at most {self.length} tokens, got {longest}; the last {longest - self.length} are not "
+                "read, which name the aspect ratio. Give a shorter caption.",
+                stacklevel=2,
+            )
         words = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.model.device)
