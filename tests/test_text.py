@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import randomised
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from sfv_world.released import load
 from sfv_world.released import text as reading
 from sfv_world.released.text import PromptCache, aspect_ratio, format_prompt, load_text_encoder
 
@@ -139,16 +141,42 @@ def test_states_are_kept(folder, tmp_path, monkeypatch):
     assert replace(cache, length=23).missing([""]) == [""]
 
 
-def test_states_of_another_encoder_are_others(tmp_path):
-    save_encoder(tmp_path / "t5")
-    cache = PromptCache(tmp_path / "t5", tmp_path / "kept", LENGTH)
-    cache.states(["a cat"])
-    config = tmp_path / "t5/config.json"
+def test_states_of_another_encoder_are_others(tmp_path, monkeypatch):
+    folder, states = tmp_path / "t5", []
+    monkeypatch.setattr(load, "SMALL", 100)  # so that the tiny encoder has large tensors
+
+    def kept():
+        cache = PromptCache(folder, tmp_path / "kept", LENGTH)
+        assert cache.missing(["a cat"]) == ["a cat"]
+        states.append(cache.states(["a cat"]))
+
+    save_encoder(folder)
+    kept()
+    config, tokenizer, tensors = folder / "config.json", folder / "tokenizer.json", folder / "model.safetensors"
     config.write_text(json.dumps({**json.loads(config.read_text()), "relative_attention_max_distance": 64}))
-    assert cache.missing(["a cat"]) == ["a cat"]
-    before = cache.states(["a cat"])
-    save_encoder(tmp_path / "t5", seed=1)  # the same sizes, other weights
-    assert cache.missing(["a cat"]) == ["a cat"] and not torch.equal(cache.states(["a cat"]), before)
+    kept()
+    save_encoder(folder, seed=1)  # the same sizes, other weights
+    kept()
+    for name in ("encoder.final_layer_norm.weight", "encoder.block.1.layer.0.SelfAttention.o.weight"):
+        values = load_file(tensors)
+        save_file(values | {name: 2 * values[name]}, tensors, {"format": "pt"})
+        kept()
+    tokenizer.write_text(tokenizer.read_text().replace('"cat": 4', '"dog": 4').replace('"dog": 5', '"cat": 5'))
+    kept()
+    assert len({tuple(found.flatten().tolist()) for found in states[2:]}) == 4
+
+
+def test_states_are_known_beside_a_copy_of_the_encoder(folder, tmp_path):
+    PromptCache(folder, tmp_path / "kept", LENGTH).states(["a cat"])
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():  # at another time, and the tensors in two files
+        (copy / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(copy / "model.safetensors")
+    first = set(sorted(tensors)[:5])
+    save_file({name: x for name, x in tensors.items() if name in first}, copy / "model.safetensors")
+    save_file({name: x for name, x in tensors.items() if name not in first}, copy / "other.safetensors")
+    assert not PromptCache(copy, tmp_path / "kept", LENGTH).missing(["a cat"])
 
 
 def test_states_of_another_dtype_are_others(folder, tmp_path):

@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from sfv_world.checkpoint import load_tensors, save_tensors
 from sfv_world.pretrained import import_extra, load_network, read_config
+from sfv_world.released.load import checksum, open_network
 
 RATIOS = ("1:1", "5:4", "4:5", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
 
@@ -99,8 +102,8 @@ def load_text_encoder(
 class PromptCache:
     """States of prompts on disk, so that the encoder, larger than a prompt by far, is loaded for new prompts alone.
 
-    Files are named by prompt, length, what the encoder computes in and its files, as they were last changed: another encoder in
-    the same folder has other states.
+    Files are named by prompt, length, what the encoder computes in and what its files hold, wherever they lie: another encoder in
+    the same folder has other states, which a new cache sees.
     """
 
     encoder: Path
@@ -135,8 +138,16 @@ class PromptCache:
 
     def path(self, prompt: str) -> Path:
         """The file of a prompt's states."""
-        files = [(path.name, path.stat()) for path in sorted(self.encoder.iterdir())]
-        seen = [(name, about.st_size, about.st_mtime_ns) for name, about in files]
-        encoder = [read_config(self.encoder, "a T5 encoder"), seen, str(self.dtype)]
-        about = json.dumps([prompt, self.length, *encoder], sort_keys=True)
+        about = json.dumps([prompt, self.length, self.contents, str(self.dtype)])
         return self.folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
+
+    @cached_property
+    def contents(self) -> dict[str, int]:
+        """Checksums of the encoder's tensors, and of each file of its configuration and tokenizer.
+
+        Raises:
+            ValueError: if the folder holds no encoder, or tensors that cannot be read.
+        """
+        read_config(self.encoder, "a T5 encoder")
+        files = [path for path in sorted(self.encoder.iterdir()) if path.suffix in (".json", ".model", ".txt")]
+        return {"": checksum(open_network(self.encoder))} | {path.name: zlib.crc32(path.read_bytes()) for path in files}
