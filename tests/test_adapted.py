@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import shutil
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
@@ -22,8 +24,10 @@ from sfv_world.codec.vae import to_frames, to_pixels
 from sfv_world.decoding.solver import DecodingConfig
 from sfv_world.envs.vector_env import WorldVectorEnv
 from sfv_world.flow.affine import guide
-from sfv_world.released import backbone
+from sfv_world.released import backbone, load
+from sfv_world.released import convert as converting
 from sfv_world.released.adapted import AdaptedConfig, load_adapted
+from sfv_world.released.convert import ConvertConfig, convert
 
 
 @pytest.fixture(scope="module", params=[4, 1], ids=["time-4", "time-1"])
@@ -539,3 +543,22 @@ def test_another_vae_is_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors: expected safetensors, got a file"):
         load_adapted(folder)
+
+
+def test_a_backbone_whose_large_matrices_changed_is_told(tmp_path, monkeypatch):
+    """As where a LoRA was merged into it; however the same tensors are packed, it is the same."""
+    monkeypatch.setattr(load, "SMALL", 100)
+    released = make_backbone(tmp_path)
+    folder = make_world(tmp_path / "world", make_model(released), released)
+    source, about = tmp_path / "tiny.pth", str(tmp_path / "tiny.json")
+    state = torch.load(source)
+    for name, same in ((None, True), ("blocks.2.attn_blocks.1.attention.qkv.weight", False)):
+        torch.save({key: x + 0.01 * (key == name) for key, x in state.items()}, source)
+        (released / "vae").rename(tmp_path / "vae")
+        shutil.rmtree(released)
+        with monkeypatch.context() as patched:
+            patched.setattr(converting, "split", lambda sizes, limit: [[key] for key in sizes])
+            convert(ConvertConfig(source, released, about))
+        (tmp_path / "vae").rename(released / "vae")
+        with nullcontext() if same else pytest.raises(ValueError, match="expected the released model and VAE that "):
+            load_adapted(folder)
