@@ -103,6 +103,18 @@ def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
+@pytest.mark.parametrize("made", [lambda path: path, lambda path: convert(ConvertConfig(path, path.parent / "made"))])
+def test_what_is_left_out_may_be_anything(state, tmp_path, capsys, made):
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    others = {"blocks.0.attn_mask": mask, "var": None, "blocks.1.feat_rope.freqs_cis": mask * 1j}
+    torch.save({**state, **others}, tmp_path / "tiny.pth")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(TINY)))
+    found = load_released(made(tmp_path / "tiny.pth")).state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    told = capsys.readouterr().out
+    assert not told or told.endswith("only: blocks.0.attn_mask, blocks.1.feat_rope.freqs_cis\n")
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(
     ("change", "expected"),

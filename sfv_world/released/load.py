@@ -85,6 +85,9 @@ def _open_pickle(path: Path) -> Stored:
         raise ValueError(f"{path}: expected a flat state dict (name -> tensor), got {type(state).__name__}.")
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
+        if isinstance(name, str) and LEFT_OUT.fullmatch(name):  # whatever it is
+            tensors |= {name: value} if isinstance(value, Tensor) else {}
+            continue
         plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
         if not isinstance(name, str) or not plain or not value.is_floating_point():
             kind = f"a tensor of {value.dtype}" if plain else type(value).__name__
