@@ -144,6 +144,9 @@ def test_what_does_not_fit_is_told(draw):
         replace(CONFIG, context=4)
     with pytest.raises(ValueError, match="noise: expected a positive number, got 0.0"):
         replace(CONFIG, noise=0.0)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"seed: expected 0 to 2\*\*32 - 1, got {seed}"):
+            replace(CONFIG, seed=seed)
     with pytest.raises(ValueError, match="guidance: expected at least 0, got -1.0"):
         replace(CONFIG, guidance=-1.0)
     for wrong in (DecodingConfig(guidance=1.0), DecodingConfig(denoise="causal"), SolverConfig(draft="learned")):

@@ -293,10 +293,13 @@ def test_what_does_not_fit_is_told_before_anything_is_loaded(config, tmp_path, m
     assert not (tmp_path / "clip.mp4").exists()
 
 
-def test_numbers_out_of_range_are_told(config):
+def test_numbers_out_of_range_are_told(config, capsys):
     for name in ("height", "width", "frames", "fps"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             replace(config, **{name: 0})
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--world", "none", "--out", "none.mp4", "--clip.seed", "9" * 23])
+    assert "seed: expected 0 to 2**32 - 1" in capsys.readouterr().err
 
 
 def test_a_codecs_shape_takes_no_weights(world, tmp_path):

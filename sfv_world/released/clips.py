@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sfv_world.codec.vae import ImageCodec, Memory, WanCodec, to_frames
 from sfv_world.decoding.solver import SolverConfig
+from sfv_world.given import check_seed
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.pipeline import Follower
 from sfv_world.released.sampling import DeepStream, Report, ShallowInverse, clean, join
@@ -41,6 +42,7 @@ class ClipConfig:
     """Of all noise; the same on every device."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if not 1 <= self.context < self.chunk:
             raise ValueError(
                 f"context: expected at least 1 latent frame and fewer than the chunk's {self.chunk}, got {self.context}."
