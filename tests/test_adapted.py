@@ -28,6 +28,8 @@ from sfv_world.released import backbone, load
 from sfv_world.released import convert as converting
 from sfv_world.released.adapted import AdaptedConfig, load_adapted
 from sfv_world.released.convert import ConvertConfig, convert
+from sfv_world.released.plan import sampling_needs
+from sfv_world.released.sampling import clean
 
 
 @pytest.fixture(scope="module", params=[4, 1], ids=["time-4", "time-1"])
@@ -240,6 +242,19 @@ def test_a_real_video_is_made_of_its_noise_again(world, denoise):
     if world.time == 4:
         with pytest.raises(ValueError, match=r"frames: expected 1 \+ a multiple of the 4 frames of a step, got 3"):
             world.abduct(frames, actions, context=3)
+
+
+def test_what_cleans_is_told_of_the_actions(world, monkeypatch):
+    """The score of a model without a denoiser is that of the adapted model; a denoiser was never told of actions."""
+    model, shown = world.model, []
+    decode = model.codec.decode
+    monkeypatch.setattr(model.codec, "decode", lambda tokens: shown.append(tokens) or decode(tokens))
+    state, _ = world.with_decoding(denoise="causal").step(world.start([0, 1]), [2, 1])
+    tokens, _, controls = (torch.stack(part, dim=1) for part in zip(*state.stream.parts[0].chunk, strict=True))
+    told, about = model.adapter.told(controls, LENGTH), (model.text.expand(2, -1, -1), model.codec.config.grid, 0.5)
+    close(shown[-1], clean(model.flow, tokens, *about, told)[:, -1:], atol=1e-5)
+    untold = clean(model.flow, tokens, *about)[:, -1:]
+    assert torch.allclose(shown[-1], untold, atol=1e-5) == (model.flow.learnable_self_denoiser is not None)
 
 
 def test_a_restart_lets_go_of_the_keys_and_values_before(world, monkeypatch):
@@ -483,8 +498,9 @@ def test_mistakes_are_told(folder, world):
             world.reset(frames[:, :4])
 
 
-def test_memory_is_counted_before_loading(folder, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: 1e4)
+def test_memory_of_a_whole_chunk_is_counted_before_loading(folder, monkeypatch):
+    needs = sampling_needs(*backbone.find_parts(folder.parent / "backbone"), HEIGHT, WIDTH, 4, "float32")
+    monkeypatch.setattr(memory, "available", lambda device: sum(need.size for need in needs) - 1)
     monkeypatch.setattr(backbone, "load_released", lambda *arguments, **options: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"memory: expected .*keys and values, deep block .*Give a larger device"):
         sfv_world.load_world(folder)

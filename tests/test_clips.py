@@ -63,7 +63,7 @@ def test_one_chunk_is_sample_clean_decode(flow, codec, draw, guidance):
 
 
 @torch.no_grad()
-def test_longer_clips_restart_from_the_last_latents(flow, draw):
+def test_longer_clips_restart_from_the_last_latents(flow, codec, draw):
     found = draw(7, CONFIG)
     assert found.frames.shape == (ROWS, 25, 16, 32, 3) and found.log_prob.shape == (ROWS, 7, 2)
     noise = noise_of(4, 2, 1)
@@ -72,6 +72,12 @@ def test_longer_clips_restart_from_the_last_latents(flow, draw):
         more = sample(flow, z, TEXT, GRID, first=tokens[:, -2:]).tokens
         tokens = torch.cat([tokens, more[:, 2:]], dim=1)
     close(found.tokens, tokens, atol=1e-4)
+    # The frames of a chunk are cleaned with those that it began with.
+    chunks = [(tokens[:, :4], 0), (tokens[:, 2:6], 2), (tokens[:, 4:], 2)]
+    cleaned = [clean(flow, chunk, TEXT, GRID, 0.5)[:, known:] for chunk, known in chunks]
+    alone = [clean(flow, chunk[:, known:], TEXT, GRID, 0.5) for chunk, known in chunks]
+    shown, other = (to_frames(codec.decode(flow.latents(torch.cat(x, dim=1), GRID))).int() for x in (cleaned, alone))
+    assert (found.frames.int() - shown).abs().max() <= 1 < (found.frames.int() - other).abs().max()
     # A restart forgets: with all of its past in one chunk the fifth frame is another.
     whole = draw(7, replace(CONFIG, chunk=7))
     close(found.tokens[:, :4], whole.tokens[:, :4])

@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import sfv_world.generate as generating
 from sfv_world import cli, memory
 from sfv_world.checkpoint import load_tensors
-from sfv_world.codec.vae import find_codec, load_codec, to_frames, to_pixels
+from sfv_world.codec.vae import Memory, find_codec, load_codec, to_frames, to_pixels
 from sfv_world.decoding.solver import SolverConfig
 from sfv_world.generate import GenerateConfig, generate, needs, prepare, read_image
 from sfv_world.released import ReleasedFlow, load_released, sample
@@ -220,11 +220,24 @@ def test_no_caption_is_no_guidance_and_known_prompts_need_no_encoder(config, tmp
         generate(replace(config, prompt="a dog"))
 
 
+def largest_activation(codec, height, width):
+    """Bytes of the largest tensor that a layer makes while a group of frames is decoded."""
+    sizes, memory = [], Memory()
+    for layer in codec.vae.modules():
+        layer.register_forward_hook(
+            lambda layer, given, made: sizes.append(made.nbytes if hasattr(made, "nbytes") else 0)
+        )
+    for _ in range(2):
+        codec.decode(torch.zeros(1, 1, codec.channels, height // codec.space, width // codec.space), memory)
+    return max(sizes)
+
+
 def test_memory_is_counted_before_loading(config, world, monkeypatch):
     job = prepare(config)
     counted, shared = ({need.what: need.size for need in needs(config, job, devices)} for devices in (1, 2))
     flow = load_released(world)
     assert counted["VAE"] == sum(p.numel() * 4 for p in wan_vae().parameters())
+    assert counted["its activations"] > 2 * largest_activation(load_codec(world / "vae"), 32, 48)
     assert counted["weights"] == sum(p.numel() * 4 for p in flow.parameters())
     assert counted["weights"] - shared["weights"] == sum(p.numel() * 2 for p in flow.block(-1).parameters())
     encoder = save_encoder(world.parent / "again")

@@ -105,6 +105,18 @@ def test_info_prints_a_plan(capsys):
     assert "3.30 M parameters" in out and not re.search(r" 0(\.0+)?\n", out)
 
 
+def test_attention_grows_with_the_square_of_a_video():
+    """Half of four operations a pair of slots, channel and layer: a token sees those before it alone."""
+    depth, width, step = TINY.layers_per_block[-1], TINY.deep_width, 2 * 3
+    work = InfoConfig(
+        "tiny", rows=1, columns=3, dtype="float32", guided=False, tflops=1e-12, share=1.0
+    )  # seconds are operations
+    names = ("log-likelihood of the video", "deep block, token by token")
+    for name in names:
+        few, some, many = (plan(TINY, replace(work, frames=frames)).seconds[name] for frames in (4, 6, 8))
+        assert few - 2 * some + many == pytest.approx(2 * depth * width * 2 * step**2)
+
+
 def test_the_plan_counts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(asdict(TINY)))
     work = InfoConfig(str(tmp_path), frames=4, rows=1, columns=3, batch=2, guided=False, dtype="float32")
