@@ -105,6 +105,21 @@ def test_info_prints_a_plan(capsys):
     assert "3.30 M parameters" in out and not re.search(r" 0(\.0+)?\n", out)
 
 
+def test_a_model_without_a_denoiser_is_cleaned_by_a_backward_pass(tmp_path, capsys):
+    """All layers keep their activations for it, and it takes as long again as the pass before it."""
+    bare = replace(TINY, learnable_self_denoiser=False)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(bare)))
+    work = InfoConfig(str(tmp_path), frames=4, rows=1, columns=3, batch=2)
+    found, usual = info(work), plan(TINY, work)
+    out, kept = capsys.readouterr().out, "activations kept for the score, about"
+    about = found.memory["activations of a parallel pass, about"]
+    assert found.memory[kept] == pytest.approx(sum(bare.layers_per_block) * about) and kept not in usual.memory
+    score = found.seconds["score, forward and backward"]
+    assert score == pytest.approx(2 * found.seconds["log-likelihood of the video"]) and "denoiser" not in found.seconds
+    assert re.search(rf"{kept} +[\d.e-]+\n +all, of 141 +{sum(found.memory.values()):.3g}", out)
+    assert usual.seconds["denoiser"] > 0 and "without VAE and text encoder" in out
+
+
 def test_attention_grows_with_the_square_of_a_video():
     """Half of four operations a pair of slots, channel and layer: a token sees those before it alone."""
     depth, width, step = TINY.layers_per_block[-1], TINY.deep_width, 2 * 3

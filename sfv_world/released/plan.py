@@ -110,6 +110,9 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         # The residual stream, queries, keys and values, and the inside of the MLP before and after its activation.
         "activations of a parallel pass, about": 14 * config.deep_width * slots * size * work.batch,
     }
+    if not config.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
+        kept = sum(config.layers_per_block) * memory["activations of a parallel pass, about"]
+        memory["activations kept for the score, about"] = kept
 
     def seconds(flops: float, read: float, passes: float = 1.0) -> float:
         return max(flops / (work.tflops * 1e12 * work.share), passes * read / (work.bandwidth * 1e9))
@@ -119,14 +122,13 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
     deep = 2 * deep_weights / size * slots + 2 * slots**2 * config.deep_width * depth
     local = 2 * shallow_weights / size * tokens + 2 * tokens * place * config.channels * sum(shallow)
     seen = frames if config.temporal_causal == 0 else min(frames, config.denoiser_window + 1)
-    denoiser = 2 * denoiser_weights / size + 4 * seen * place * config.channels * DENOISER_LAYERS * bool(
-        denoiser_weights
-    )
+    denoiser = 2 * denoiser_weights / size + 4 * seen * place * config.channels * DENOISER_LAYERS
     shallow_read = shallow_weights + len(shallow) * shallow_cache / 2
     deep_read, deep_passes = deep_weights + deep_cache / 2, float(frames * place)
     faster = work.block / work.sweeps
+    forward = seconds(deep * work.batch, deep_weights) + seconds(local, shallow_weights)
     times = {
-        "log-likelihood of the video": seconds(deep * work.batch, deep_weights) + seconds(local, shallow_weights),
+        "log-likelihood of the video": forward,
         "deep block, token by token": seconds(deep * sequences, deep_read, deep_passes),
         f"deep block, Jacobi ({work.sweeps:g} sweeps a block of {work.block})": seconds(
             deep * sequences * work.sweeps, deep_read, deep_passes / faster
@@ -135,8 +137,11 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
         f"shallow blocks, Jacobi ({work.sweeps:g} sweeps a frame)": seconds(
             local * work.sweeps, shallow_read, frames * work.sweeps
         ),
-        "denoiser": seconds(denoiser * tokens, denoiser_weights),
     }
+    if config.learnable_self_denoiser:
+        times["denoiser"] = seconds(denoiser * tokens, denoiser_weights)
+    else:  # weights are frozen: a backward pass takes at least the operations of a forward one, and reads as much
+        times["score, forward and backward"] = 2 * forward
     return Plan({name: value / 1e9 for name, value in memory.items()}, times)
 
 
@@ -161,9 +166,6 @@ def sampling_needs(
     work = InfoConfig(size, frames=frames, rows=rows, columns=columns, devices=devices, guided=guided, dtype=dtype)
     memory = plan(shape, work).memory
     flow = [Need(what, 1e9 * gigabytes) for what, gigabytes in memory.items()]
-    if not shape.learnable_self_denoiser:  # cleaned by the model's own score, a backward pass through all layers
-        kept = sum(shape.layers_per_block) * memory["activations of a parallel pass, about"]
-        flow.append(Need("activations kept for the score, about", 1e9 * kept))
     if trained:
         kept = trained * shape.layers_per_block[-1] * memory["activations of a parallel pass, about"]
         flow.append(Need("activations kept for training, about", 1e9 * kept))
@@ -187,12 +189,12 @@ def info(config: InfoConfig) -> Plan:
         f"{config.batch} x {frames} frames of {rows} x {columns} tokens after {model.txt_size} of text, "
         f"{guided}, {config.dtype}",
         "",
-        f"memory{' of each device' if config.devices > 1 else ''}, GB",
+        f"memory{' of each device' if config.devices > 1 else ''}, GB, without VAE and text encoder",
         *(f"  {name:<52}{value:>9.3g}" for name, value in found.memory.items()),
         f"  {'all, of ' + format(config.memory, 'g'):<52}{total:>9.3g}"
         + ("" if total <= config.memory else "  does not fit"),
         "",
-        f"time, s: lower bounds at {config.bandwidth:g} GB/s and {config.share:.0%} of {config.tflops:g} Tflop/s",
+        f"time, s, without both: lower bounds at {config.bandwidth:g} GB/s and {config.share:.0%} of {config.tflops:g} Tflop/s",
         *(f"  {name:<52}{value:>9.3g}" for name, value in found.seconds.items()),
     ]
     print("\n".join(lines))
