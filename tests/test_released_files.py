@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,21 @@ def test_a_conversion_that_fails_leaves_nothing(state, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"out: expected a folder to make, found one .*Remove it"):
         convert(config)
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])
+
+
+def test_a_conversion_removes_what_a_killed_one_left(state, tmp_path):
+    torch.save(state, tmp_path / "tiny.pth")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(TINY)))
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    left, again = (tmp_path / f".out[1].{number}" for number in (ended.pid, os.getpid()))  # numbers come again
+    running = os.getppid()
+    others = [f".out[1].{running}", ".out[1].kept", f".out[1].more.{ended.pid}", f".out1.{ended.pid}"]
+    for folder in (left, again, *(tmp_path / name for name in others)):
+        folder.mkdir()
+        (folder / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    convert(ConvertConfig(tmp_path / "tiny.pth", tmp_path / "out[1]"))
+    assert sorted(os.listdir(tmp_path)) == sorted(["tiny.pth", "config.json", "out[1]", *others])
 
 
 def test_the_command_tells_a_users_mistake_in_one_line(tmp_path, capsys):

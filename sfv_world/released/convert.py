@@ -3,6 +3,7 @@
 Streaming: the pickle is mapped, and no more than one shard is held. The folder appears when it is complete, or not at all.
 """
 
+import glob
 import json
 import math
 import os
@@ -93,6 +94,8 @@ def write_shards(folder: Path, stored: Stored, shards: list[list[str]]) -> dict[
 def whole_folder(path: Path, size: int) -> Iterator[Path]:
     """A folder to fill beside `path`, moved there if nothing went wrong and removed if something did.
 
+    Those that a killed process was filling are removed first.
+
     Raises:
         ValueError: if there is something at `path`, or no room for `size` bytes.
     """
@@ -101,6 +104,10 @@ def whole_folder(path: Path, size: int) -> Iterator[Path]:
         raise ValueError(
             f"{path}: expected a folder to make, found one that is there already. Remove it or give another."
         )
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        process = left.name.removeprefix(f".{path.name}.")
+        if process.isdecimal() and not _runs_beside(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
     existing = next(parent for parent in path.parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < size:
         raise ValueError(
@@ -114,3 +121,18 @@ def whole_folder(path: Path, size: int) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _runs_beside(process: int) -> bool:
+    """Whether another process of this number runs on this machine; always so where it cannot be asked."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # a signal of 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
