@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import DISCRETE, tiny_model
 from recorded import record
 from test_latent_codec import random_codec
 from tiny import normal
@@ -13,6 +14,7 @@ from tiny import normal
 from sfv_world.codec.pixels import PixelCodec, PixelCodecConfig
 from sfv_world.data.clips import Episodes, load_episodes
 from sfv_world.lossless import lossless
+from sfv_world.model import WorldModel
 from sfv_world.world import World
 
 
@@ -28,6 +30,37 @@ def test_nothing_random_costs_less_than_its_entropy(tiny_world: World, tmp_path)
     found = lossless(tiny_world, train, held_out, clips=9, seed=0)
     assert 8 < found["bits_per_colour_value"] < 40 and 0 < found["of_the_residual"] < found["bits_per_colour_value"]
     assert found["frames"] == 9 * 8
+
+
+def untrained(denoise: float | None) -> World:
+    """A world to which all tokens are standard normal, its denoiser, if any, taking that part of what it sees for noise."""
+    config = tiny_model("frame-parallel", DISCRETE, seed=0).config
+    model = WorldModel(replace(config, denoiser=None if denoise is None else config.denoiser), DISCRETE)
+    if model.denoiser and denoise is not None:
+        linear = model.denoiser.here
+        with torch.no_grad():
+            linear.weight[-model.config.flow.channels :].fill_(0).fill_diagonal_(-denoise / model.config.noise)
+    return World(model)
+
+
+def test_the_choice_of_the_noise_comes_back(tmp_path) -> None:
+    """The signal costs its cross-entropy; noise that is sent again as the residual costs its 128 levels a unit, and no more."""
+    world = untrained(None)
+    parts = [random_play(tmp_path / str(seed), world, seed) for seed in (0, 1)]
+    middling = [replace(part, frames=64 + part.frames // 2) for part in parts]  # whose noise is nowhere cut off
+    found = lossless(world, *middling, clips=20, seed=0)
+    power = 0.5**2 / 3 + world.model.config.noise**2
+    assert found["bits_per_colour_value"] == pytest.approx(
+        (0.5 * math.log(2 * math.pi) + 0.5 * power) / math.log(2) + math.log2(128), abs=0.01
+    )
+
+
+def test_noise_that_is_taken_out_leaves_nothing_to_send(tmp_path) -> None:
+    still = [random_play(tmp_path / str(seed), untrained(None), seed) for seed in (0, 1)]
+    still = [replace(part, frames=np.full_like(part.frames, 128)) for part in still]
+    noised, clean = (lossless(untrained(part), *still, clips=9, seed=0)["of_the_residual"] for part in (0.0, 1.0))
+    assert noised == pytest.approx(math.log2(128 * 0.05 * math.sqrt(2 * math.pi * math.e)), abs=0.02)
+    assert clean < 0.02
 
 
 @pytest.mark.parametrize("noise", [0.004, 0.05])
