@@ -1,9 +1,11 @@
 """What evaluation measures, against recordings whose numbers are known, and the world's own verbs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
@@ -12,6 +14,7 @@ from recorded import trained
 from sfv_world import World, evaluation, load_world
 from sfv_world.data.clips import take
 from sfv_world.evaluation import EvaluateConfig, _error, density, evaluate, outcomes, rollouts, split_as_trained
+from sfv_world.world import Score
 
 STEP = 3
 """Levels that all pixels of a frame are brighter than those of the frame before."""
@@ -64,6 +67,25 @@ def test_every_held_out_frame_is_scored_once(world, split):
     assert found["bits_per_dim"] == pytest.approx(np.concatenate(bits).mean(), abs=0.02)
     few = density(world, train, held_out, frames=60, seed=0)
     assert 0 < few["frames"] <= 60 < found["frames"] and found["bits_per_dim_error"] > 0
+
+
+def test_repeated_screens_are_no_frames_and_full_context_is_half_a_clip_or_more(world, split, monkeypatch):
+    """Bits that say how many frames are before the frame: 1 to 15, then again, as clips are cut."""
+
+    def score(self, frames, *given):
+        before = torch.arange(frames.shape[1], dtype=torch.float32).expand(len(frames), -1)
+        return Score(before, before, before[..., None].repeat(1, 1, 2), before)
+
+    monkeypatch.setattr(World, "score", score)
+    train, held_out = split
+    last = held_out.ends - 1
+    repeated = replace(held_out, repeated=np.isin(np.arange(len(held_out.frames)), last))
+    for episodes, screens in (held_out, held_out.lengths), (repeated, held_out.lengths - 1):
+        found = density(world, train, episodes, frames=10_000, seed=0)
+        before = np.concatenate([(np.arange(1, count) - 1) % 15 + 1 for count in screens])
+        assert found["frames"] == len(before)
+        assert found["bits_per_dim"] == pytest.approx(before.mean())
+        assert found["bits_per_dim_full_context"] == pytest.approx(before[before >= 8].mean())
 
 
 def test_a_fitted_copy_of_what_never_surprises_costs_the_noise_alone(world, split):
