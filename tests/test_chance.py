@@ -24,6 +24,16 @@ def test_a_row_is_the_same_among_many() -> None:
         np.testing.assert_array_equal(normal[alone], of_one[1])
 
 
+@pytest.mark.parametrize("later", [-1, 0, 1])
+def test_whether_a_frame_ends_its_episode_has_nothing_to_do_with_its_noise(later: int) -> None:
+    """Numbers of one stream are made of the same bits: the first uniform one tells the first normal one's size."""
+    seeds, age = np.arange(4000), np.full(4000, 7)
+    draws, noise = chance.draws(seeds, age), chance.noise(seeds, age + later, (1,))[:, 0]
+    uniform = chance.noise_of_observed(seeds, age + later, 1, (1, 1, 3), (1, 1, 1))[0][:, 0, 0, 0, 0]
+    for other in (noise, np.abs(noise), uniform):
+        assert abs(np.corrcoef(draws, other)[0, 1]) < 4 / 4000**0.5
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
 def test_a_forked_process_draws_the_same() -> None:

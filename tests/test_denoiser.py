@@ -160,6 +160,14 @@ def test_some_episode_ends_while_looking_ahead(tiny_world):
     assert ended[:-1].any() and torch.equal(told[1:], ended[:-1])
 
 
+def test_no_observed_frame_ends_the_episode(build_world):
+    world = denoising(load_world(build_world()), "lookahead")
+    with torch.no_grad():
+        world.model.heads.mlp[-1].bias[0] = 100.0
+    told = [output.terminated.tolist() for _, output in steps(world, ACTIONS[:, :2])]
+    assert told == [[False] * 3, [True] * 3]  # the first is of the last observed frame, which others followed
+
+
 def test_look_ahead_goes_on_bit_for_bit_from_copies_and_files(tiny_world, tmp_path):
     world = denoising(tiny_world, "lookahead")
     state = world.reset(FRAMES)

@@ -3,11 +3,13 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecTransposeImage
 
 from sfv_world.envs.sb3 import WorldVecEnv
 from sfv_world.envs.vector_env import WorldVectorEnv
+from sfv_world.loading import load_world
 
 INFO = {
     *("log_likelihood", "bits_per_dim", "sweeps", "certificate", "guided", "termination_probability", "frames_behind"),
@@ -39,6 +41,17 @@ def test_conventions(envs):
     assert ended >= 6 and limited > 0
     envs.seed(0)
     np.testing.assert_array_equal(envs.reset(), first)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_end_at_the_time_limit_is_an_end(build_world, ends):
+    world = load_world(build_world())
+    with torch.no_grad():
+        world.model.heads.mlp[-1].bias[0] = 100.0 if ends else -100.0
+    envs = WorldVecEnv(WorldVectorEnv(2, world=world, max_episode_steps=1, autoreset_mode="SameStep"))
+    envs.reset()
+    _, _, dones, infos = envs.step(np.zeros(2, int))
+    assert dones.all() and [info["TimeLimit.truncated"] for info in infos] == [not ends] * 2  # no value is bootstrapped
 
 
 def test_attributes_and_methods(envs):
