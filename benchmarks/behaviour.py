@@ -2,19 +2,19 @@
 
     python benchmarks/behaviour.py --world doom-basic --data data/doom-basic
 
-Prints what it found as JSON and writes it to `behaviour.json` in the world's folder.
+Prints what it found as JSON and writes it to `behaviour.json`: with the usual options in the world's folder, else in `--out`.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import tyro
 from pydantic import TypeAdapter
+from report import command
 from tqdm import tqdm
 
 from sfv_world.agents.policies import HeldRandomPolicy
@@ -22,9 +22,11 @@ from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import ClipSampler, Episodes
 from sfv_world.evaluation import split_as_trained
 from sfv_world.film import imagine, long_clips
+from sfv_world.given import check_folder
 from sfv_world.loading import load_world
 from sfv_world.world import World
 
+FOUND = "behaviour.json"
 STEPS = {"doom-takecover": 150}
 """Steps of random play within which most episodes of a game end, where that is not 75, the limit of Basic."""
 MOVED = 40.0
@@ -58,6 +60,8 @@ class BehaviourConfig:
     """Most steps of an episode of random play; none: what `STEPS` says of the world, or 75."""
     seed: int = 0
     """Seed of everything."""
+    out: Path | None = None
+    """Folder for what was found; none: the world's own, which keeps what the usual options find."""
 
 
 def random_play(world: World, train: Episodes, held_out: Episodes, config: BehaviourConfig) -> dict[str, Any]:
@@ -187,10 +191,22 @@ def endings(world: World, held_out: Episodes, config: BehaviourConfig) -> dict[s
 
 
 def main(config: BehaviourConfig) -> dict[str, Any]:
-    """Runs all checks of one world."""
+    """Runs all checks of one world.
+
+    Raises:
+        ValueError: if what was found cannot be written, or would replace what the usual options found.
+    """
     world = load_world(config.world)
+    unusual = replace(config, out=None) != BehaviourConfig(config.world, config.data)
+    if unusual and config.out is None:
+        raise ValueError(
+            f"out: expected a folder for what these options find, as {FOUND} of {world.name} is of the usual ones, got none. "
+            "Name one (--out)."
+        )
+    folder = config.out or Path(world.folder or ".")
+    check_folder("out", folder)
     train, held_out = split_as_trained(world, config.data)
-    found: dict[str, Any] = {"measured": TypeAdapter(BehaviourConfig).dump_python(config, mode="json")}
+    found: dict[str, Any] = {"measured": TypeAdapter(BehaviourConfig).dump_python(config, mode="json", exclude={"out"})}
     found["random_play"] = random_play(world, train, held_out, config)
     if held_out.terminations.any():
         found["endings"] = endings(world, held_out, config)
@@ -199,11 +215,10 @@ def main(config: BehaviourConfig) -> dict[str, Any]:
     if world.name == "doom-takecover":
         found["monsters"] = population(world, held_out, config)
     print(json.dumps(found, indent=2))
-    assert world.folder is not None
-    with replacing(world.folder / "behaviour.json") as beside:
+    with replacing(folder / FOUND) as beside:
         beside.write_text(json.dumps(found, indent=2) + "\n")
     return found
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BehaviourConfig))
+    command(main, BehaviourConfig, __doc__)

@@ -25,7 +25,7 @@ from sfv_world.data.split import recording_of
 from sfv_world.denoiser import video_score
 from sfv_world.film import Continuation, as_shown, compare, decibels, imagine, long_clips, long_starts
 from sfv_world.flow.affine import Fields, standard_normal_log_prob
-from sfv_world.given import DEVICE, check_counts, check_seed
+from sfv_world.given import DEVICE, check_counts, check_folder, check_seed
 from sfv_world.loading import load_world
 from sfv_world.lossless import lossless
 from sfv_world.model import WorldModel
@@ -72,10 +72,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a world, prints and writes what was found, and returns it.
 
     Raises:
-        ValueError: if the recording or what is asked of it does not fit the world, or a card would replace what is none.
+        ValueError: if the recording or what is asked of it does not fit the world, a card would replace what is none, or nothing
+            can be written there.
     """
     world = load_world(config.world, config.device)
     folder = config.out or Path(world.folder or ".")
+    check_folder("out", folder)
     if (folder / CARD).exists() and not (folder / RESULTS).exists():
         raise ValueError(
             f"out: expected a folder without a {CARD} that is no model card, found one in {folder}. Name another (--out)."
@@ -104,12 +106,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         results["denoising"] = denoising(world, held_out, config.clips, config.seed)
     if isinstance(world.model, WorldModel):
         results["lossless"] = lossless(world, train, held_out, config.clips, config.seed)
+    print(tables(results))
     with replacing(folder / RESULTS) as beside:
         beside.write_text(json.dumps(results, indent=2) + "\n")
     compare(world, held_out, folder / "rollouts.mp4", rows=6, frames=32, context=config.context)
     with replacing(folder / CARD) as beside:
         beside.write_text(model_card(world, results))
-    print(tables(results))
     return results
 
 

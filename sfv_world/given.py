@@ -43,7 +43,9 @@ def check_folder(name: str, folder: Path) -> None:
     found = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (found.is_dir() and os.access(found, os.W_OK)):
         problem = "cannot be written to" if found.is_dir() else "is no folder"
-        raise ValueError(f"{name}: expected a folder that can be written to, got {folder}: {found} {problem}.")
+        raise ValueError(
+            f"{name}: expected a folder that can be written to, got {folder}: {found} {problem}. Name another."
+        )
 
 
 @contextmanager

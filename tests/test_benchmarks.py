@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,15 @@ def test_random_play_is_held_against_all_recorded_episodes(monkeypatch, home, en
     assert real["steps"]["mean"] == np.mean([min(length - 1, 15) for length in LENGTHS])
     assert imagined["ended"] == {"mean": float(ends), "error": 0}
     assert imagined["steps"] == {"mean": 4 if ends else 15, "error": 0}
+
+
+def test_what_unusual_options_find_leaves_the_worlds_own_alone(monkeypatch, home, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import behaviour
+
+    few = behaviour.BehaviourConfig(str(home / "world"), home / "data", episodes=3, rows=2, steps=9)
+    with pytest.raises(ValueError, match=r"out: expected a folder for what these options find, .*got none. Name one"):
+        behaviour.main(few)
+    found = behaviour.main(replace(few, out=tmp_path / "found"))
+    assert json.loads((tmp_path / "found/behaviour.json").read_text()) == found
+    assert found["measured"]["episodes"] == 3 and not (home / "world/behaviour.json").exists()

@@ -1,6 +1,7 @@
 """What evaluation measures, against recordings whose numbers are known, and the world's own verbs."""
 
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -193,3 +194,21 @@ def test_episodes_too_short_to_roll_out_are_told(home, build_world, tmp_path):
     storage.update_episodes([EpisodeBuffer(observations=np.zeros((10, 16, 24, 3), np.uint8), **few) for _ in range(4)])
     with pytest.raises(ValueError, match=r"data: expected a held-out episode of at least 18 frames .* got at most 10"):
         evaluate(EvaluateConfig(str(home / "world"), tmp_path / "data", out=tmp_path / "found"))
+
+
+def test_nothing_measured_is_lost_for_want_of_a_place(home, monkeypatch, capsys):
+    """A world in the read-only folder of a package is told before minutes are spent; a disk that fills up costs the files alone."""
+    few = EvaluateConfig(str(home / "world"), home / "data", clips=2, rollouts=1, frames=30)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        patch.setattr(evaluation, "density", None)
+        with pytest.raises(ValueError, match=r"out: expected a folder that can be written to, .* Name another"):
+            evaluate(few)
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(evaluation, "replacing", full)
+    with pytest.raises(OSError, match="No space"):
+        evaluate(few)
+    assert "held-out clips under their real actions" in capsys.readouterr().out
