@@ -27,7 +27,7 @@ def tables(results: dict[str, Any]) -> str:
         "",
         "| this world | copy of the last frame, fitted Gaussian | entropy of the noise itself |",
         "| --- | --- | --- |",
-        f"| {density['bits_per_dim']:.3f} ± {density['bits_per_dim_error']:.3f} ({density['bits_per_dim_full_context']:.3f} after 8 {unit}s) "
+        f"| {density['bits_per_dim']:.3f} ± {_error(density['bits_per_dim_error'], 3)} ({density['bits_per_dim_full_context']:.3f} after 8 {unit}s) "
         f"| {density['bits_per_dim_fitted_copy']:.3f} | {density['bits_per_dim_of_the_noise']:.3f} |",
         "",
         *_lossless(results.get("lossless")),
@@ -46,7 +46,7 @@ def tables(results: dict[str, Any]) -> str:
     }
     for key, name in names.items():
         found, error = rolled[key]["decibels"], rolled[key]["error"]
-        lines.append(f"| {name} | " + " | ".join(f"{found[n]:.1f} ± {error[n]:.1f}" for n in horizons) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{found[n]:.1f} ± {_error(error[n], 1)}" for n in horizons) + " |")
     lines += [
         "",
         f"Sweeps a {unit}: {rolled['deep_sweeps']:.1f} of the deep flow, {rolled['shallow_sweeps']:.1f} of shallow blocks; largest "
@@ -87,6 +87,11 @@ def tables(results: dict[str, Any]) -> str:
                 f"| {name} | {results['denoising'][key]['psnr']:.2f} | {results['denoising'][key]['flicker']:.2f} |"
             )
     return "\n".join(lines)
+
+
+def _error(error: float | None, digits: int) -> str:
+    """A standard error, or that there is none: of a single episode."""
+    return "?" if error is None else f"{error:.{digits}f}"
 
 
 def _lossless(found: dict[str, Any] | None) -> list[str]:

@@ -376,19 +376,24 @@ def _psnr(means: Float[np.ndarray, "m k"]) -> Float[np.ndarray, " m"]:
 
 def _by_horizon(
     statistic: Statistic, episodes: Int64[np.ndarray, " b"], *squares: Float[np.ndarray, "b horizons"]
-) -> dict[str, dict[int, float]]:
+) -> dict[str, dict[int, float | None]]:
     """A statistic of mean squared errors by horizon, in decibels, and its standard error."""
-    found: dict[str, dict[int, float]] = {"decibels": {}, "error": {}}
+    found: dict[str, dict[int, float | None]] = {"decibels": {}, "error": {}}
     for horizon, values in zip(HORIZONS, np.moveaxis(np.stack(squares, axis=-1), 1, 0), strict=True):
         found["decibels"][horizon] = float(statistic(values.mean(0, keepdims=True))[0])
         found["error"][horizon] = _error(values, episodes, statistic)
     return found
 
 
-def _error(values: Float[np.ndarray, "n k"], episodes: Int64[np.ndarray, " n"], statistic: Statistic) -> float:
-    """Standard error of a statistic of means, by resampling episodes: what was seen in one is not independent."""
+def _error(values: Float[np.ndarray, "n k"], episodes: Int64[np.ndarray, " n"], statistic: Statistic) -> float | None:
+    """Standard error of a statistic of means, by resampling episodes: what was seen in one is not independent.
+
+    None of a single episode, which says nothing of others.
+    """
     group = np.unique(episodes, return_inverse=True)[1]
     counts = np.bincount(group).astype(float)
+    if len(counts) < 2:
+        return None
     sums = np.stack([np.bincount(group, column) for column in values.T], axis=1)
     drawn = np.random.default_rng(0).integers(len(counts), size=(1000, len(counts)))
     return float(statistic(sums[drawn].sum(1) / counts[drawn].sum(1)[:, None]).std())

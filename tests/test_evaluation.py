@@ -1,5 +1,6 @@
 """What evaluation measures, against recordings whose numbers are known, and the world's own verbs."""
 
+import json
 import math
 import os
 from dataclasses import replace
@@ -13,8 +14,18 @@ from minari.dataset.minari_storage import MinariStorage
 from recorded import trained
 
 from sfv_world import World, evaluation, load_world
+from sfv_world.card import tables
 from sfv_world.data.clips import take
-from sfv_world.evaluation import EvaluateConfig, _error, density, evaluate, outcomes, rollouts, split_as_trained
+from sfv_world.evaluation import (
+    HORIZONS,
+    EvaluateConfig,
+    _error,
+    density,
+    evaluate,
+    outcomes,
+    rollouts,
+    split_as_trained,
+)
 from sfv_world.world import Score
 
 STEP = 3
@@ -164,6 +175,25 @@ def test_errors_are_those_of_independent_episodes():
     episodes = np.repeat(np.arange(200), 5)
     values = rng.standard_normal(200)[episodes, None]  # the same throughout an episode
     assert _error(values, episodes, lambda means: means[:, 0]) == pytest.approx(200**-0.5, rel=0.15)
+
+
+def test_one_episode_says_nothing_of_others(home, world, split):
+    train, held_out = split
+    config = EvaluateConfig(str(home / "world"), home / "data", clips=2, rollouts=1, context=3)
+
+    def measured(episodes):
+        results = {
+            "density": density(world, train, episodes, frames=10_000, seed=0),
+            "outcomes": outcomes(world, train, episodes, seed=0),
+            "rollouts": rollouts(world, episodes, config),
+        }
+        return results, tables(json.loads(json.dumps(results)))
+
+    results, table = measured(held_out.select(np.array([0])))
+    assert results["density"]["bits_per_dim_error"] is None
+    assert set(results["rollouts"]["gain_over_copying"]["error"].values()) == {None}
+    assert table.count("±") - 1 == table.count("± ?") == 1 + 5 * len(HORIZONS)  # one is of the text
+    assert "± ?" not in measured(held_out)[1]
 
 
 def test_another_recording_is_refused(home, world):
