@@ -112,12 +112,26 @@ def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.d
         raise ValueError(f"frames: expected {expected}, got no array ({error}).") from error
     if copy.dtype not in (torch.uint8, np.dtype(np.uint8)):
         raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
-    given = copy.ndim - len(shape)
-    if given != 1 + lead.count(",") or 0 in copy.shape:
-        raise ValueError(f"frames: expected {expected}, at least one of each, got shape {tuple(copy.shape)}.")
-    if tuple(copy.shape[given:]) != shape:
-        raise ValueError(f"frames: expected {expected}, got shape {tuple(copy.shape)}. Resize with cv2.INTER_AREA.")
+    got, missing = tuple(copy.shape), 1 + lead.count(",") + len(shape) - copy.ndim
+    if missing or 0 in got or got[-len(shape) :] != shape:
+        advice = _advice(got, missing, shape)
+        raise ValueError(f"frames: expected {expected}, at least one of each, got shape {got}.{advice}")
     return to_device(copy, device)
+
+
+def _advice(got: tuple[int, ...], missing: int, shape: tuple[int, ...]) -> str:
+    """How frames of the shape `got`, with so many dimensions too few, become frames of `shape`; empty if that is anyone's guess."""
+    if 0 in got:
+        return ""
+    if got[-3:-2] == (3,) and got[-1] != 3:
+        return " Put the colours last: np.moveaxis(frames, -3, -1)."
+    if got[-1:] == (1,):
+        return " Repeat their grey for three colours: np.repeat(frames, 3, -1)."
+    if missing == 1 and got[-2:] == shape[-3:-1]:
+        return " Repeat their grey for three colours: np.repeat(frames[..., None], 3, -1)."
+    if missing > 0 and got[-len(shape) :] == shape:
+        return f" Add what is missing in front: frames[{', '.join(missing * ['None'])}]."
+    return " Resize with cv2.INTER_AREA." if not missing and got[-1] == 3 else ""
 
 
 def given_seeds(seeds: Any, rows: int) -> Int[np.ndarray, "b"]:
