@@ -114,8 +114,8 @@ def given_frames(frames: Any, lead: str, shape: tuple[int, ...], device: torch.d
         raise ValueError(f"frames: expected {expected}, got {copy.dtype}. Give colours from 0 to 255 as uint8.")
     got, missing = tuple(copy.shape), 1 + lead.count(",") + len(shape) - copy.ndim
     if missing or 0 in got or got[-len(shape) :] != shape:
-        advice = _advice(got, missing, shape)
-        raise ValueError(f"frames: expected {expected}, at least one of each, got shape {got}.{advice}")
+        some = ", at least one of each" if missing or 0 in got else ""
+        raise ValueError(f"frames: expected {expected}{some}, got shape {got}.{_advice(got, missing, shape)}")
     return to_device(copy, device)
 
 

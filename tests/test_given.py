@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_advice_mends_frames(frames: np.ndarray, lead: str, advice: str, mended: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"frames: expected .*, 16, 24, 3\) uint8, .*, got shape \(.*\)\. ") as error:
+    with pytest.raises(ValueError, match=r"frames: expected .*, 16, 24, 3\) uint8.*, got shape \(.*\)\. ") as error:
         given_frames(frames, lead, SHAPE, CPU)
     said = str(error.value)
     assert said.endswith(f": {advice}.") and "INTER_AREA" not in said
@@ -47,7 +47,7 @@ def test_frames_of_another_size_are_to_be_resized(size: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("frames", [FRAMES[:, :0], FRAMES[None], FRAMES[0, 0, 0], np.uint8(0), FRAMES[..., :2]])
 def test_where_no_advice_is_sure_none_is_given(frames: Any) -> None:
-    with pytest.raises(ValueError, match=r"at least one of each, got shape \(.*\)\.$"):
+    with pytest.raises(ValueError, match=r"uint8.*, got shape \(.*\)\.$"):
         given_frames(frames, "(B, K", SHAPE, CPU)
 
 
