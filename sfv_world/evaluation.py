@@ -49,7 +49,7 @@ class EvaluateConfig:
     data: Path
     """The recording it was trained on; its held-out episodes are found by the run's own split."""
     clips: int = 256
-    """Held-out clips to roll out, all at once: of a world on a released model as many as memory has room for."""
+    """Held-out clips to roll out, all at once; of a world on a released model one after the other, which takes long."""
     rollouts: int = 3
     """Imagined rollouts of each clip, averaged for PSNR."""
     context: int = 8

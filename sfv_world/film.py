@@ -14,6 +14,7 @@ from jaxtyping import Int64, UInt8
 
 from sfv_world.checkpoint import replacing
 from sfv_world.data.clips import Clips, ClipSampler, Episodes, take
+from sfv_world.model import WorldModel
 from sfv_world.state import WorldOutput
 from sfv_world.world import World
 
@@ -45,15 +46,22 @@ def long_starts(episodes: Episodes, rows: int, frames: int, seed: int = 0) -> In
 
 
 def imagine(world: World, clips: Clips, context: int, seed: int = 0) -> Continuation:
-    """Resets to the first `context` frames of clips and imagines the others, whole steps of them, under their actions."""
+    """Resets to the first `context` frames of clips and imagines the others, whole steps of them, under their actions.
+
+    A world on a released model imagines one clip after the other: its rows are what takes memory.
+    """
     rows, frames = clips.valid.shape
-    past = take(clips.actions, np.s_[:, : context - 1])
-    state = world.reset(clips.frames[:, :context], past, seeds=seed * 100_003 + np.arange(rows))
-    outputs = []
-    for frame in range(context, frames, world.time):
-        actions = take(clips.actions, np.s_[:, frame - 1 : frame - 1 + world.time])
-        state, output = world.step(state, actions, held=False)
-        outputs.append(output)
+    parts = [np.arange(rows)] if isinstance(world.model, WorldModel) else np.split(np.arange(rows), rows)
+    found: list[list[WorldOutput]] = []
+    for part in parts:
+        found.append([])
+        past = take(clips.actions, np.s_[part, : context - 1])
+        state = world.reset(clips.frames[part, :context], past, seeds=seed * 100_003 + part)
+        for frame in range(context, frames, world.time):
+            actions = take(clips.actions, np.s_[part, frame - 1 : frame - 1 + world.time])
+            state, output = world.step(state, actions, held=False)
+            found[-1].append(output)
+    outputs = [WorldOutput(*map(torch.cat, zip(*step, strict=True))) for step in zip(*found, strict=True)]
     imagined = [output.frames.reshape(rows, -1, *world.frame_shape).cpu().numpy() for output in outputs]
     return Continuation(clips, np.concatenate(imagined, axis=1), outputs)
 

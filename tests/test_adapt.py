@@ -61,7 +61,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
+def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys, monkeypatch):
     out, before = tmp_path / "run", contents(home / "backbone")
     options = ["--steps", "3", "--clip", "10", "--prompt", "a cat", "--held-out", "0.3", "--device", "cpu"]
     where = ["--data", str(home / "data"), "--out", str(out), "--init", str(home / "backbone")]
@@ -83,8 +83,13 @@ def test_the_command_makes_a_world_that_is_stepped(home, tmp_path, capsys):
     guided.reset(seed=0)
     moved, *_, said = guided.step(1)
     assert said["guided"] and not info["guided"] and not np.array_equal(moved, frames)
+    rows, reset = [], World.reset
+    monkeypatch.setattr(
+        World, "reset", lambda self, frames, *a, **k: rows.append(len(frames)) or reset(self, frames, *a, **k)
+    )
     few = ["--clips", "2", "--rollouts", "2", "--frames", "6", "--context", "3"]
     cli.main(["evaluate", "--world", str(out), "--data", str(home / "data"), *few])
+    assert set(rows) == {1} and len(rows) == 2 * 2 + 6  # of clips one after the other: rollouts, and the film
     found, card = json.loads((out / "results.json").read_text()), (out / "README.md").read_text()
     assert (found["density"]["unit"], found["density"]["dimension"], found["rollouts"]["noised"]) == (
         "step",
