@@ -36,8 +36,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def untracked(function: Function) -> Function:
-    """A verb without gradients and autocast, which would round what is exact; and never in inference mode: a state that was made
-    in it could not go on outside."""
+    """A verb without gradients, and without autocast, which would round what is exact.
+
+    Never in inference mode: a state that was made in it could not go on outside.
+    """
 
     @torch.inference_mode(False)
     @torch.no_grad()

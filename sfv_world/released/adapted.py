@@ -33,9 +33,9 @@ from sfv_world.heads import Outcome, OutcomeHeads
 from sfv_world.model import Reading
 from sfv_world.released.adapter import ControlAdapter
 from sfv_world.released.backbone import Backbone, fingerprint
+from sfv_world.released.cache import cache_size
 from sfv_world.released.memory import codec_needs
 from sfv_world.released.model import ReleasedFlow
-from sfv_world.released.plan import InfoConfig, plan
 from sfv_world.released.sampling import SEQUENTIAL, DeepStream, Drawn, Report, ShallowInverse, clean, join
 from sfv_world.released.stream import Past, ReleasedStream, Videos
 
@@ -145,14 +145,15 @@ class AdaptedModel(nn.Module):
 
     def row_size(self, frames: int, decoding: DecodingConfig) -> float:
         """About the bytes that it takes to begin a row: keys and values of a chunk, twice where it is guided, and the encoder's."""
-        rows, columns = (codec := self.config.codec).grid
-        work = InfoConfig(
-            "a chunk", frames=self.config.chunk, rows=rows, columns=columns, guided=decoding.guidance > 0,
-            dtype="bfloat16" if self.flow.block(-1).layer_weight.dtype == torch.bfloat16 else "float32",
-        )  # fmt: skip
-        kept = plan(self.flow.config, work).memory["keys and values, deep block"]
+        shape, codec, copies = self.flow.config, self.config.codec, 2 if decoding.guidance else 1
+        itemsize = self.flow.block(-1).layer_weight.itemsize
         encoder = codec_needs(self.codec.vae, codec.height, codec.width, 4)[-1]
-        return 1e9 * kept + encoder.size
+        return copies * cache_size(shape.layers_per_block[-1], shape.deep_width, self._slots, itemsize) + encoder.size
+
+    @property
+    def _slots(self) -> int:
+        """Slots of the deep block: those of the text and of a whole chunk."""
+        return self.text.shape[1] + self.config.chunk * math.prod(self.config.codec.grid)
 
     @property
     def token_noise(self) -> Float[Tensor, "c"]:
@@ -257,8 +258,7 @@ class AdaptedModel(nn.Module):
 
     def stream_of(self, tensors: Mapping[str, Tensor], clock: int) -> ReleasedStream:
         """The stream whose `tensors` are among these; rows have no clock in common, whatever `clock`."""
-        tokens = self.config.chunk * math.prod(self.codec.config.grid)
-        return ReleasedStream.of(tensors, lambda rows: self.flow.block(-1).new_cache(rows, self.text.shape[1] + tokens))
+        return ReleasedStream.of(tensors, lambda rows: self.flow.block(-1).new_cache(rows, self._slots))
 
     def show(
         self, stream: ReleasedStream, features: Float[Tensor, "b l w"], clean: bool

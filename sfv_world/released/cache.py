@@ -8,6 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def cache_size(layers: int, width: int, slots: int, itemsize: int) -> int:
+    """Bytes of the keys and values of a sequence of `slots` slots."""
+    return 2 * layers * width * slots * itemsize
+
+
 @dataclass
 class SequenceCache:
     """Preallocated keys and values of a causal Transformer; the first `length` slots are known.

@@ -13,6 +13,7 @@ import tyro
 
 from sfv_world.codec.vae import ImageCodec, WanCodec
 from sfv_world.memory import Need
+from sfv_world.released.cache import cache_size
 from sfv_world.released.config import DENOISER_LAYERS, ReleasedConfig, find_config
 from sfv_world.released.load import expected_shapes
 from sfv_world.released.memory import codec_needs
@@ -101,8 +102,8 @@ def plan(config: ReleasedConfig, work: InfoConfig) -> Plan:
     deep_weights, shallow_weights, denoiser_weights = (
         float(count * size) for count in parameter_counts(config).values()
     )
-    deep_cache = 2 * depth * config.deep_width * slots * size * sequences
-    shallow_cache = 2 * max(shallow, default=0) * config.channels * place * size * work.batch
+    deep_cache = sequences * cache_size(depth, config.deep_width, slots, size)
+    shallow_cache = work.batch * cache_size(max(shallow, default=0), config.channels, place, size)
     memory = {
         "weights": deep_weights / work.devices + shallow_weights + denoiser_weights,
         "keys and values, deep block": deep_cache,
