@@ -41,7 +41,7 @@ MOVES: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
         "back": lambda actions: actions[:, 1] < -0.5,
     },
 }
-"""Which actions of a shipped world move the view, and how."""
+"""Which actions of a game move the view, and how."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,16 @@ class BehaviourConfig:
     rows: int = 48
     """Clips of each other check."""
     steps: int | None = None
-    """Most steps of an episode of random play; none: what `STEPS` says of the world, or 75."""
+    """Most steps of an episode of random play; none: what `STEPS` says of the game, or 75."""
     seed: int = 0
     """Seed of everything."""
     out: Path | None = None
     """Folder for what was found; none: the world's own, which keeps what the usual options find."""
+
+
+def game_of(episodes: Episodes) -> str:
+    """What was recorded."""
+    return episodes.metadata.get("recipe", {}).get("env", "")
 
 
 def random_play(world: World, train: Episodes, held_out: Episodes, config: BehaviourConfig) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def random_play(world: World, train: Episodes, held_out: Episodes, config: Behav
     those that outlast the frames which the world reads first.
     """
     context, rows = 4, config.episodes
-    most = STEPS.get(world.name, 75) if config.steps is None else config.steps
+    most = STEPS.get(game_of(train), 75) if config.steps is None else config.steps
     beginnings = held_out.starts[held_out.lengths > context]
     clips = ClipSampler(held_out, context, rows).clips(np.resize(beginnings, rows))
     state = world.reset(clips.frames, clips.actions, seeds=config.seed + np.arange(rows))
@@ -210,9 +215,10 @@ def main(config: BehaviourConfig) -> dict[str, Any]:
     found["random_play"] = random_play(world, train, held_out, config)
     if held_out.terminations.any():
         found["endings"] = endings(world, held_out, config)
-    if world.name in MOVES:
-        found["held_moves"] = held_moves(world, held_out, MOVES[world.name], config)
-    if world.name == "doom-takecover":
+    game = game_of(held_out)
+    if game in MOVES:
+        found["held_moves"] = held_moves(world, held_out, MOVES[game], config)
+    if game == "doom-takecover":
         found["monsters"] = population(world, held_out, config)
     print(json.dumps(found, indent=2))
     with replacing(folder / FOUND) as beside:

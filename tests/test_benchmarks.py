@@ -13,8 +13,11 @@ import torch
 from recorded import LENGTHS
 
 from sfv_world import load_world
+from sfv_world.data.clips import load_episodes
 from sfv_world.data.collect import CollectConfig, collect
 from sfv_world.evaluation import split_as_trained
+from sfv_world.training.config import TrainConfig
+from sfv_world.training.trainer import train
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -124,6 +127,37 @@ def test_learning(recording, tmp_path, monkeypatch):
     assert all(row["steps"] >= 1 and row["largest_certificate"] < 1e-3 and "psnr_16" in row for row in rows)
 
 
+def test_agents_that_learned_in_a_world_are_judged_in_its_game(benchmark, tmp_path):
+    data = collect(CollectConfig(env="doom-basic", out=tmp_path / "data", frames=160, size=40))  # a CNN wants 36 pixels
+    tiny = {"preset": "tiny", "window": 2, "clip": 3, "held_out": 0.4, "denoiser": False, "device": "cpu"}
+    train(TrainConfig(data=data, out=tmp_path / "world", steps=1, minutes=None, threads=1, **tiny))
+    few = ("--steps", 256, "--judged", 1, "--rows", 2, "--episodes", 2, "--denoise", "none", "--device", "cpu")
+    _, found = benchmark("imagination", "--world", tmp_path / "world", *few)
+    rows = found["imagination"]["rows"]
+    assert [(row["learned_in"], row["steps"]) for row in rows] == [
+        ("world", 0),
+        ("world", 256),
+        ("game", 0),
+        ("game", 256),
+    ]
+    same = {"learned_in", "earned_there"}  # nobody has learned yet, and who judges is seeded
+    assert {k: v for k, v in rows[0].items() if k not in same} == {k: v for k, v in rows[2].items() if k not in same}
+    assert all(0 < row["steps_lasted_in_the_game"] <= 75 and 0 <= row["ended_in_the_game"] <= 1 for row in rows)
+
+
+def test_agents_are_judged_in_recorded_games_only(monkeypatch, home):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from imagination import game_of
+
+    world = load_world(home / "world")
+    world.about["data"] = {"recipe": {"env": "doom-basic", "size": 16, "frame_skip": 4}}
+    with pytest.raises(ValueError, match="world: expected frames of at least 36 pixels a side, got 16"):
+        game_of(world)
+    world.about["data"] = {}
+    with pytest.raises(ValueError, match="world: expected one that learned from a recording of `sfv-world collect`"):
+        game_of(world)
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_random_play_is_held_against_all_recorded_episodes(monkeypatch, home, ends):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -152,3 +186,10 @@ def test_what_unusual_options_find_leaves_the_worlds_own_alone(monkeypatch, home
     found = behaviour.main(replace(few, out=tmp_path / "found"))
     assert json.loads((tmp_path / "found/behaviour.json").read_text()) == found
     assert found["measured"]["episodes"] == 3 and not (home / "world/behaviour.json").exists()
+
+
+def test_what_is_asked_of_a_game_is_asked_of_any_world_of_it(monkeypatch, recording):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from behaviour import MOVES, game_of
+
+    assert game_of(load_episodes(recording)) in MOVES
