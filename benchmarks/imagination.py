@@ -2,13 +2,14 @@
 
     python benchmarks/imagination.py --world doom-basic --steps 100000
 
-Whoever learns in the world sees no frame of the game before it is judged there. Prints a table and writes JSON with the machine,
-the versions and the commit.
+Whoever learns in the world sees no frame of the game before it is judged there. Prints a table, writes JSON with the machine, the
+versions and the commit, and the agents beside it.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,14 +52,14 @@ class ImaginationConfig:
     """Episodes at once while it learns."""
     denoise: Literal["none", "causal"] = "causal"
     """What is shown of imagined frames; the game's have no noise."""
-    seed: int = 0
-    """Seed of everything."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the agents that learn in each place, one after the other, and of their judgement."""
     threads: int | None = None
     """CPU threads; none: torch's choice."""
     device: str = DEVICE
     """Where the world is computed; agents learn on the CPU."""
     out: Path = Path("out/imagination.json")
-    """Where the JSON goes."""
+    """Where the JSON goes, and the agents beside it."""
 
 
 def game_of(world: World) -> Callable[[], gym.Env[Any, Any]]:
@@ -78,10 +79,10 @@ def game_of(world: World) -> Callable[[], gym.Env[Any, Any]]:
     return partial(make_real, recipe["env"], size=recipe["size"], frame_skip=recipe["frame_skip"])
 
 
-def judge(agent: PPO, game: Callable[[], gym.Env[Any, Any]], config: ImaginationConfig) -> dict[str, float]:
+def judge(agent: PPO, game: Callable[[], gym.Env[Any, Any]], seed: int, config: ImaginationConfig) -> dict[str, float]:
     """What an agent earns in an episode of the game, how long it lasts and the part that ends before the limit."""
     env = VecMonitor(DummyVecEnv([game]))
-    env.seed(config.seed)
+    env.seed(seed)
     earned, lasted = evaluate_policy(agent, env, config.episodes, deterministic=False, return_episode_rewards=True)
     env.close()
     return {
@@ -92,12 +93,10 @@ def judge(agent: PPO, game: Callable[[], gym.Env[Any, Any]], config: Imagination
     }
 
 
-def learn(place: VecEnv, config: ImaginationConfig) -> Iterator[tuple[int, float | None, PPO]]:
+def learn(place: VecEnv, seed: int, config: ImaginationConfig) -> Iterator[tuple[int, float | None, PPO]]:
     """Lets PPO learn in a place; gives the steps taken, what an episode there earned last, and the agent, now and then."""
     env = VecNormalize(VecMonitor(place), norm_obs=False)
-    agent = PPO(
-        "CnnPolicy", env, n_steps=128, batch_size=256, n_epochs=4, ent_coef=0.01, seed=config.seed, device="cpu"
-    )
+    agent = PPO("CnnPolicy", env, n_steps=128, batch_size=256, n_epochs=4, ent_coef=0.01, seed=seed, device="cpu")
     yield 0, None, agent
     for _ in range(config.judged):
         agent.learn(config.steps // config.judged, reset_num_timesteps=False)
@@ -112,16 +111,17 @@ def main(config: ImaginationConfig) -> None:
     report = Report(config.out, config, config.device)
     world = load_world(config.world, config.device).with_decoding(denoise=config.denoise)
     game, rows = game_of(world), Rows()
-    for name in config.places:
+    for name, seed in product(config.places, config.seeds):
         if name == "world":
             options = {"max_episode_steps": config.most_steps, "autoreset_mode": "SameStep"}
             place: VecEnv = WorldVecEnv(WorldVectorEnv(config.rows, world=world, **options))
         else:
             place = DummyVecEnv([game] * config.rows)
-        for steps, there, agent in learn(place, config):
-            judged = {f"{what}_in_the_game": value for what, value in judge(agent, game, config).items()}
-            rows.append({"learned_in": name, "steps": steps, "earned_there": there, **judged})
+        for steps, there, agent in learn(place, seed, config):
+            judged = {f"{what}_in_the_game": value for what, value in judge(agent, game, seed, config).items()}
+            rows.append({"learned_in": name, "seed": seed, "steps": steps, "earned_there": there, **judged})
             report.table("imagination", f"PPO, judged by {config.episodes} episodes of the game", rows)
+        agent.save(config.out.with_name(f"ppo-{name}-{seed}.zip"))
 
 
 if __name__ == "__main__":

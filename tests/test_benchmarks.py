@@ -131,9 +131,25 @@ def test_agents_that_learned_in_a_world_are_judged_in_its_game(benchmark, tmp_pa
     data = collect(CollectConfig(env="doom-basic", out=tmp_path / "data", frames=160, size=40))  # a CNN wants 36 pixels
     tiny = {"preset": "tiny", "window": 2, "clip": 3, "held_out": 0.4, "denoiser": False, "device": "cpu"}
     train(TrainConfig(data=data, out=tmp_path / "world", steps=1, minutes=None, threads=1, **tiny))
-    few = ("--steps", 256, "--judged", 1, "--rows", 2, "--episodes", 2, "--denoise", "none", "--device", "cpu")
+    few = (
+        "--steps",
+        256,
+        "--judged",
+        1,
+        "--rows",
+        2,
+        "--episodes",
+        2,
+        "--seeds",
+        3,
+        "--denoise",
+        "none",
+        "--device",
+        "cpu",
+    )
     _, found = benchmark("imagination", "--world", tmp_path / "world", *few)
     rows = found["imagination"]["rows"]
+    assert {path.name for path in Path().glob("*.zip")} == {"ppo-world-3.zip", "ppo-game-3.zip"}
     assert [(row["learned_in"], row["steps"]) for row in rows] == [
         ("world", 0),
         ("world", 256),
