@@ -11,7 +11,7 @@ from gymnasium.wrappers import ResizeObservation
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from sfv_world.agents.policies import HeldRandomPolicy
+from sfv_world.agents.policies import HeldRandomPolicy, load_policy
 from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
@@ -31,6 +31,8 @@ class DemoConfig:
     env: str | None = None
     """Real environment to begin in and to compare with; none: the one whose recording trained the world, if that was made by
     `sfv-world collect`."""
+    policy: str = "random"
+    """Who plays: "random", its actions held as in that recording, or the path of an agent saved by Stable-Baselines3 (.zip)."""
     episodes: int = 3
     """Real episodes to play."""
     frames: int = 48
@@ -38,7 +40,7 @@ class DemoConfig:
     context: int = 8
     """Real frames the world observes first; up to whole steps, where those have several frames."""
     seed: int = 1
-    """Seed of the real game, its random actions and the world."""
+    """Seed of the real game, random actions and the world."""
     device: str = DEVICE
     """Where to compute."""
 
@@ -53,7 +55,7 @@ def demo(config: DemoConfig) -> Path:
     Each pair of strips is an imagined episode above the real one, under the same actions.
 
     Raises:
-        ValueError: if the real environment is not known, or its episodes are too short.
+        ValueError: if the real environment or the policy is not known, or its episodes are too short.
     """
     world = load_world(config.world, config.device)
     config = replace(config, context=world.model.codec.whole(config.context))
@@ -73,14 +75,19 @@ def demo(config: DemoConfig) -> Path:
             f"env: expected one with the actions of {world.name}, {world.action_space}, got {name!r} with {real.action_space}. "
             "Give the environment that the world learned from."
         )
+    if config.policy != "random" and world.time > 1:
+        raise ValueError(
+            f"policy: expected 'random' for {world.name}, which holds an action for {world.time} frames, got {config.policy!r}."
+        )
     check_film(2 * height, config.episodes * width)
     config.out.mkdir(parents=True, exist_ok=True)
     steps = config.context + config.frames
     recording = CollectConfig(env=name, out=config.out, seed=config.seed, max_episode_steps=steps)
     least, greatest = (-(-steps // world.time) for steps in recipe["hold"])
+    held = HeldRandomPolicy(real.action_space, (least, greatest), stride=world.time)
+    policy = held if config.policy == "random" else load_policy(config.policy, real, deterministic=True)
     pairs = []
     for index in range(config.episodes):
-        policy = HeldRandomPolicy(real.action_space, (least, greatest), stride=world.time)
         episode = record_episode(real, policy, recording, index)
         assert episode is not None, "nothing interrupts it"
         frames, actions = np.asarray(episode.observations), episode.actions

@@ -147,12 +147,15 @@ def test_a_world_whose_steps_have_several_frames_is_shown_beside_the_game(config
     monkeypatch.setitem(gym.registry, "Three-v0", gym.registry.pop("Three-v0"))
     told, step = [], World.step
     monkeypatch.setattr(World, "step", lambda self, state, action: told.append(action) or step(self, state, action))
-    demo(DemoConfig(str(config.out), tmp_path / "demo", env="Three-v0", episodes=2, frames=7, context=2))
+    shown = DemoConfig(str(config.out), tmp_path / "demo", env="Three-v0", episodes=2, frames=7, context=2)
+    demo(shown)
     with av.open(str(tmp_path / "demo/demo.mp4")) as film:
         assert sum(1 for _ in film.decode(video=0)) == 7
         assert film.streams.video[0].average_rate == 10
     assert cv2.imread(str(tmp_path / "demo/demo.png")).shape == (2 * 2 * 16, 7 * 24, 3)
     assert 2 <= len(told) <= 4  # CartPole falls after eight to ten frames: five are context
+    with pytest.raises(ValueError, match=r"policy: expected 'random' for .*, which holds an action for 4 frames"):
+        demo(replace(shown, policy="ppo.zip"))
 
 
 def test_what_another_action_would_have_made_of_it(config, tmp_path, capsys):

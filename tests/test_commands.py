@@ -19,10 +19,12 @@ import tyro
 from gymnasium import spaces
 from gymnasium.wrappers import TransformAction
 from pydantic import TypeAdapter
+from stable_baselines3 import PPO
 
 from sfv_world.card import train_options
-from sfv_world.data.collect import CollectConfig
+from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.demo import DemoConfig, demo
+from sfv_world.envs.real import make_real
 from sfv_world.evaluation import EvaluateConfig, evaluate
 from sfv_world.film import write_animation, write_video
 from sfv_world.given import given_device
@@ -114,6 +116,24 @@ def test_demo_steps_and_films(world):
         assert sum(1 for _ in film.decode(video=0)) == 5
     read, animation = cv2.imreadanimation(str(world / "demo/demo.webp"))
     assert read and len(animation.frames) == 5 and animation.frames[0].shape[:2] == (4 * 2 * 16, 4 * 2 * 16)
+
+
+def test_demo_is_played_by_a_saved_agent(world, tmp_path, monkeypatch):
+    agent = PPO("MlpPolicy", make_real("doom-basic", size=16), n_steps=8, batch_size=8, device="cpu")
+    with torch.no_grad():
+        agent.policy.action_net.bias.copy_(torch.tensor([0.0, 0.0, 99.0, 0.0]))
+    agent.save(tmp_path / "ppo.zip")
+    played = []
+    record = lambda *args: played.append(record_episode(*args)) or played[-1]  # noqa: E731
+    monkeypatch.setattr("sfv_world.demo.record_episode", record)
+    config = DemoConfig(
+        str(world / "world"), tmp_path, policy=str(tmp_path / "ppo.zip"), episodes=1, frames=3, context=3
+    )
+    demo(config)
+    assert cv2.imread(str(tmp_path / "demo.png")).shape == (2 * 16, 3 * 16, 3)
+    assert [set(np.asarray(episode.actions)) for episode in played] == [{2}]
+    with pytest.raises(ValueError, match=r"policy: expected 'random' or the path of a Stable-Baselines3 agent"):
+        demo(replace(config, policy="nobody"))
 
 
 def test_animations_play_at_their_rate(tmp_path):
