@@ -11,6 +11,7 @@ import os
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,6 +59,8 @@ tape: list[tuple[Any, Any, Any, Any]] | None = None
 """Of the CUDA graph that is being recorded."""
 waiting = "default"
 """The mode of `torch.cuda.set_sync_debug_mode`."""
+warned = False
+"""Whether that was set before."""
 
 
 class There(Tensor):
@@ -227,9 +230,11 @@ class Generator(torch.Generator):
 
 
 def set_sync_debug_mode(mode: str) -> None:
-    """As that of `torch.cuda`."""
-    global waiting
-    waiting = mode
+    """As that of `torch.cuda`, which warns of itself, once, when it has set the mode."""
+    global waiting, warned
+    waiting, first, warned = mode, not warned, True
+    if first:
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect ...", stacklevel=2)
 
 
 _attention, _run = F.scaled_dot_product_attention, threading.Thread.run
