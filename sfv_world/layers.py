@@ -4,7 +4,8 @@ The lowest room of the house. Parameter names and shapes are those of the releas
 (`attention.{norm,qkv,proj}`, `mlp.{norm,main.0,main.2}`), so that loading it is a matter of renaming keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,21 @@ def rotate(x: Float[Tensor, "*b l d"], turn: Float[Tensor, "*c #l two p"]) -> Fl
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "..."] | None = None) -> Tensor:
     """Scaled dot-product attention over (..., length, head_dim); `mask` is True where a key is visible."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@contextmanager
+def attention_without_plans() -> Iterator[None]:
+    """Attention by any kernels but those of cuDNN, which torch prefers in bfloat16 on Hopper and Blackwell.
+
+    They are planned anew for every shape, in each thread, which takes tenths of a second. Decoding meets new shapes all the time:
+    at every block of tokens of a video, for every number of rows that begin anew or are not settled yet.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Controls(nn.Module):

@@ -26,6 +26,7 @@ from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import BandFlow
 from sfv_world.given import given_frames, given_noise, given_seeds
 from sfv_world.graphs import Recorder
+from sfv_world.layers import attention_without_plans
 from sfv_world.memory import check_rows
 from sfv_world.model import WorldModel
 from sfv_world.released.adapted import AdaptedModel
@@ -36,7 +37,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def untracked(function: Function) -> Function:
-    """A verb without gradients, and without autocast, which would round what is exact.
+    """A verb without gradients, without autocast, which would round what is exact, and without plans for its shapes alone.
 
     Never in inference mode: a state that was made in it could not go on outside.
     """
@@ -45,7 +46,7 @@ def untracked(function: Function) -> Function:
     @torch.no_grad()
     @wraps(function)
     def alone(self: "World", *args: Any, **options: Any) -> Any:
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), attention_without_plans():
             return function(self, *args, **options)
 
     return cast(Function, alone)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from sfv_world.codec.vae import ImageCodec, Memory, WanCodec, to_frames
 from sfv_world.decoding.solver import SolverConfig
 from sfv_world.given import check_seed
+from sfv_world.layers import attention_without_plans
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.pipeline import Follower
 from sfv_world.released.sampling import DeepStream, Report, ShallowInverse, clean, join
@@ -76,6 +77,7 @@ class Clip(NamedTuple):
 
 
 @torch.no_grad()
+@attention_without_plans()
 def draw_clips(
     flow: ReleasedFlow,
     codec: WanCodec | ImageCodec,

@@ -17,7 +17,7 @@ from sfv_world.decoding.frames import SHALLOW_TOLERANCE
 from sfv_world.decoding.solver import SolverConfig, draft_tokens
 from sfv_world.flow.affine import standard_normal_log_prob
 from sfv_world.flow.shallow import Stage
-from sfv_world.layers import Told
+from sfv_world.layers import Told, attention_without_plans
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.solver import BlockState, BlockStream, Prediction, Solution, solve
 
@@ -192,6 +192,7 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
+@attention_without_plans()
 def sample(
     flow: ReleasedFlow,
     noise: Float[Tensor, "b t l c"],
