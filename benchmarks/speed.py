@@ -32,6 +32,7 @@ CERTIFICATE = 1e-3
 SWEEPS = 4
 """Deep sweeps a frame are to be this few on average."""
 WARM_UP = 5
+"""Steps before those that are timed, beside one at each place of the world's ring, where a recorded world records."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,20 @@ def time_steps(world: World, rows: int, steps: int, seconds: float, output: str 
 
     vars(envs.world)["step"] = recorded  # the environment's own copy of the world
     times, begins, ended = [], [], np.zeros(rows, bool)
-    for step in range(steps + WARM_UP):
+    warm_up = WARM_UP + world.model.config.flow.deep.window
+    for step in range(steps + warm_up):
         actions = envs.action_space.sample()
         synchronise(world.device)
         began = time.perf_counter()
         _, _, terminated, truncated, _ = envs.step(actions)
         synchronise(world.device)
-        if step >= WARM_UP:
+        if step >= warm_up:
             times.append(time.perf_counter() - began)
             begins.append(bool(ended.any()))
         ended = torch.as_tensor(terminated | truncated).cpu().numpy()
         if len(times) >= 10 and sum(times) > seconds:
             break
-    deep, shallow, certificates = (torch.cat(found).double() for found in zip(*outputs[WARM_UP:], strict=True))
+    deep, shallow, certificates = (torch.cat(found).double() for found in zip(*outputs[warm_up:], strict=True))
     means = deep.mean().item(), shallow.mean().item()
     return Timing(rows, np.array(times), np.array(begins), *means, certificates.max().item())
 
