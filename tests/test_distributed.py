@@ -1,6 +1,7 @@
 """Many processes train as one does: the same curve, the same state on another number of processes, the same mistakes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -33,7 +34,9 @@ TESTS = Path(__file__).parent
 
 
 def python(*arguments, cwd=TESTS.parent):
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=900)
+    """Runs a script or a module on CPUs: where there is a GPU, writing a state looks at it, which forked processes may not."""
+    command, env = [sys.executable, *map(str, arguments)], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
