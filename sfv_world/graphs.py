@@ -15,17 +15,21 @@ WARM_UP = 3
 Function = Callable[..., Sequence[Tensor]]
 
 
-def record(function: Function, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Sequence[Tensor]]:
-    """Records `function` of `inputs`: (how to replay it, where its outputs then are); it may change `inputs`."""
+def record(
+    function: Function, inputs: Sequence[Tensor], aside: torch.cuda.Stream
+) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    """Records `function` of `inputs`: (how to replay it, where its outputs then are); it may change `inputs`.
+
+    It does so in a stream of the inputs' device: torch's own is of the device that was recorded on first.
+    """
     with torch.cuda.device(inputs[0].device):
-        aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
                 function(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):
             outputs = function(*inputs)
     return graph.replay, outputs
 
@@ -36,6 +40,7 @@ class Recorder:
     def __init__(self) -> None:
         self._inputs: dict[Hashable, list[Tensor]] = {}
         self._recordings: dict[Hashable, tuple[Callable[[], None], Sequence[Tensor]]] = {}
+        self._aside: torch.cuda.Stream | None = None
 
     def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
         """Copies record anew: a recording is of the very memory that it was made in."""
@@ -50,7 +55,8 @@ class Recorder:
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given)
         if (key, shapes) not in self._recordings:
-            self._recordings[key, shapes] = record(function, own)
+            self._aside = self._aside or torch.cuda.Stream(own[0].device)
+            self._recordings[key, shapes] = record(function, own, self._aside)
             for mine, given in zip(own, inputs, strict=True):  # warming up may have changed them
                 mine.copy_(given)
         replay, outputs = self._recordings[key, shapes]

@@ -182,9 +182,11 @@ class Graph:
 
 
 @contextlib.contextmanager
-def record(graph: Graph) -> Iterator[None]:
-    """As `torch.cuda.graph`."""
+def record(graph: Graph, stream: Any = None) -> Iterator[None]:
+    """As `torch.cuda.graph`, whose own stream is of the device that was recorded on first."""
     global tape
+    if stream is None:
+        raise RuntimeError("recorded in a stream that may be another device's")
     tape = graph.tape
     try:
         yield
