@@ -56,10 +56,14 @@ class Rope:
     def __call__(self, times: Int[Tensor, "t"], slots: slice = slice(None)) -> Float[Tensor, "t l two p"]:
         """The cosines and sines of every frame time and slot, on the device of `times`."""
         if self.space.device != times.device:  # they stay where they are used: a copy to a device makes the host wait
-            self.space, self.time_frequencies = (x.to(times.device) for x in (self.space, self.time_frequencies))
+            self.move_to(times.device)
         space = self.space[slots].expand(len(times), -1, -1, -1)
         time = _turn(times.double()[:, None, None] * self.time_frequencies)
         return torch.cat([space, time.expand(-1, space.shape[1], -1, -1)], dim=-1)
+
+    def move_to(self, device: torch.device) -> None:
+        """Moves the tables that it keeps."""
+        self.space, self.time_frequencies = (x.to(device) for x in (self.space, self.time_frequencies))
 
 
 def _turn(angles: Float[Tensor, "*b p"]) -> Float[Tensor, "*b two p"]:

@@ -170,6 +170,8 @@ class World:
                 f"compiled: expected a world whose shallow flow goes in bands, got {self.name}, whose does not."
             )
         if "decode" not in vars(shallow):  # else they are compiled already
+            for module in (*shallow.blocks, *([] if denoiser is None else [denoiser])):
+                module.rope.move_to(self.device)  # what moves by itself when it is called would be compiled twice
             shallow.decode = torch.compile(shallow.decode, dynamic=False)  # type: ignore[method-assign]
             if denoiser is not None:
                 denoiser.compile(dynamic=False)

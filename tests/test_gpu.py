@@ -130,6 +130,12 @@ def test_recorded_steps_are_steps(build_world, options, dtype):
     assert len(recorded._recorder._recordings) == 4
 
 
+def test_what_is_compiled_finds_all_on_the_device(build_world):
+    world = bands(build_world, {}).compiled()
+    modules = [*world.model.flow.shallow.blocks, world.model.denoiser]
+    assert all(module.rope.space.is_cuda and module.rope.time_frequencies.is_cuda for module in modules)
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a build that compiles for CUDA")
 def test_compiled_and_recorded_steps_are_steps(build_world):
     script = """
