@@ -180,6 +180,36 @@ def test_damaged_files_are_told(state, tmp_path, monkeypatch):
         load_released(made)
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_weights_that_changed_since_they_were_saved_are_told(state, tmp_path, checksums):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        torch.save(state, tmp_path / "tiny.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(TINY)))
+    convert(ConvertConfig(tmp_path / "tiny.pth", tmp_path / "made"))
+    if not checksums:
+        return
+    whole = (tmp_path / "tiny.pth").read_bytes()
+    weights = state["blocks.2.attn_blocks.0.attention.qkv.weight"].numpy().tobytes()
+    place = whole.index(weights)
+    (tmp_path / "tiny.pth").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=r"tiny.pth: expected what was saved, got .*record tiny/data/\d+ .*Copy"):
+        convert(ConvertConfig(tmp_path / "tiny.pth", tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "made", "tiny.pth"]
+
+
+def test_weights_that_are_not_finite_are_told(state, tmp_path):
+    state["blocks.1.sos_embed"][0, 0, 1] = torch.nan
+    torch.save(state, tmp_path / "tiny.pth")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(TINY)))
+    with pytest.raises(ValueError, match=r"expected finite weights, got 1 of \d+ in blocks.1.sos_embed"):
+        convert(ConvertConfig(tmp_path / "tiny.pth", tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "tiny.pth"]
+
+
 def test_a_conversion_that_fails_leaves_nothing(state, tmp_path, monkeypatch):
     torch.save(state, tmp_path / "tiny.pth")
     (tmp_path / "config.json").write_text(json.dumps(asdict(TINY)))

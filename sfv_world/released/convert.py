@@ -8,6 +8,8 @@ import json
 import math
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -41,8 +43,9 @@ def convert(config: ConvertConfig) -> Path:
     """Converts a checkpoint, prints what was written and left out, and returns the folder.
 
     Raises:
-        ValueError: if the checkpoint cannot be read, wants to run code or does not fit its configuration, if the folder holds
-            something already or there is no room for it. Nothing is left behind then.
+        ValueError: if the checkpoint cannot be read, was damaged since it was saved, wants to run code, does not fit its
+            configuration or has weights that are not finite, if the folder holds something already or there is no room for it.
+            Nothing is left behind then.
     """
     if config.shard_megabytes < 1:
         raise ValueError(f"shard_megabytes must be at least 1, got {config.shard_megabytes}")
@@ -53,6 +56,7 @@ def convert(config: ConvertConfig) -> Path:
     sizes = {name: math.prod(found[name]) * stored.read(name).element_size() for name in found}
     shards = list(split(sizes, config.shard_megabytes * 2**20))
     with whole_folder(config.out, sum(sizes.values())) as folder:
+        check_records(config.checkpoint)
         index = write_shards(folder, stored, shards)
         total = {"total_size": sum(sizes.values())}
         (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2) + "\n")
@@ -80,12 +84,40 @@ def split(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
     yield shard
 
 
+def check_records(path: Path) -> None:
+    """Raises a ValueError if a record of a file of `torch.save` is not what its checksum was taken of; mapping it asks for none."""
+    with zipfile.ZipFile(path) as file:
+        for record in file.infolist():
+            if record.CRC == 0:  # saved without, as `torch.serialization.set_crc32_options` can have it
+                continue
+            try:
+                with file.open(record) as content:
+                    while content.read(2**24):
+                        pass
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                raise ValueError(
+                    f"{path}: expected what was saved, got a file whose record {record.filename} has changed since ({error}). "
+                    "Copy or download it again."
+                ) from error
+
+
 def write_shards(folder: Path, stored: Stored, shards: list[list[str]]) -> dict[str, str]:
-    """Writes shard after shard; returns the file of every tensor."""
+    """Writes shard after shard; returns the file of every tensor.
+
+    Raises:
+        ValueError: if a weight is not finite.
+    """
     index: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_tensors(folder / file, {name: stored.read(name).clone() for name in names}, {"format": "pt"})
+        tensors = {name: stored.read(name).clone() for name in names}
+        for name, tensor in tensors.items():
+            if wrong := int((~tensor.isfinite()).sum()):
+                raise ValueError(
+                    f"{stored.path}: expected finite weights, got {wrong} of {tensor.numel()} in {name} that are not. Save the "
+                    "model again, from before its training diverged."
+                )
+        save_tensors(folder / file, tensors, {"format": "pt"})
         index |= dict.fromkeys(names, file)
     return index
 
