@@ -23,7 +23,7 @@ class WorldVecEnv(VecEnv):
         envs: a `WorldVectorEnv` with same-step autoreset and NumPy output.
 
     Raises:
-        ValueError: if the environment resets or returns frames in another way.
+        ValueError: if the environment resets or returns frames in another way, or its actions do not count from 0.
 
     Example:
         >>> envs = WorldVectorEnv(8, world="doom-basic", max_episode_steps=75, autoreset_mode="SameStep")  # doctest: +SKIP
@@ -39,6 +39,11 @@ class WorldVecEnv(VecEnv):
             raise ValueError(
                 "envs: expected autoreset_mode='SameStep' and output='numpy', as Stable-Baselines3 does it, got "
                 f"{envs.autoreset_mode.value!r} and {envs.output!r}."
+            )
+        if np.any(getattr(envs.single_action_space, "start", 0)):
+            raise ValueError(
+                f"envs: expected actions that count from 0, as Stable-Baselines3's do, got {envs.single_action_space}. "
+                "Record again behind a wrapper that counts so (`gymnasium.wrappers.TransformAction`)."
             )
         self.envs = envs  # first, as `VecEnv` asks it for the render mode
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
@@ -88,8 +93,9 @@ class WorldVecEnv(VecEnv):
         self.envs.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """An attribute of the batch, once for each row."""
-        return [getattr(self.envs, attr_name) for _ in self._get_indices(indices)]
+        """An attribute of the batch, or a row's own space, once for each row."""
+        own = f"single_{attr_name}" if attr_name in ("observation_space", "action_space") else attr_name
+        return [getattr(self.envs, own) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Sets an attribute of the batch; rows cannot differ."""

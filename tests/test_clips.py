@@ -1,5 +1,6 @@
 """Clips of released models: one chunk is sample, clean and decode; restarts, start frames and their order."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -161,13 +162,15 @@ def test_what_does_not_fit_is_told(draw):
         ValueError, match="context: expected at least 1 latent frame and fewer than the chunk's 4, got 4"
     ):
         replace(CONFIG, context=4)
-    with pytest.raises(ValueError, match="noise: expected a positive number, got 0.0"):
-        replace(CONFIG, noise=0.0)
+    for noise in (0.0, math.inf):
+        with pytest.raises(ValueError, match=f"noise: expected a positive number, got {noise}"):
+            replace(CONFIG, noise=noise)
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=rf"seed: expected 0 to 2\*\*32 - 1, got {seed}"):
             replace(CONFIG, seed=seed)
-    with pytest.raises(ValueError, match="guidance: expected at least 0, got -1.0"):
-        replace(CONFIG, guidance=-1.0)
+    for guidance in (-1.0, math.inf):
+        with pytest.raises(ValueError, match=f"guidance: expected at least 0, got {guidance}"):
+            replace(CONFIG, guidance=guidance)
     for wrong in (DecodingConfig(guidance=1.0), DecodingConfig(denoise="causal"), SolverConfig(draft="learned")):
         with pytest.raises(ValueError, match=r"decoding: expected a SolverConfig without the draft 'learned' .* got "):
             replace(CONFIG, decoding=wrong)

@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecTransposeImage
 
@@ -54,10 +55,19 @@ def test_an_end_at_the_time_limit_is_an_end(build_world, ends):
     assert dones.all() and [info["TimeLimit.truncated"] for info in infos] == [not ends] * 2  # no value is bootstrapped
 
 
+@pytest.mark.parametrize("space", [spaces.Discrete(3, start=1), spaces.MultiDiscrete([2, 2], start=[0, 1])])
+def test_actions_count_from_0(build_world, space):
+    envs = WorldVectorEnv(2, world=build_world(action_space=space), autoreset_mode="SameStep")
+    with pytest.raises(ValueError, match=r"envs: expected actions that count from 0, .*got (Multi)?Discrete\("):
+        WorldVecEnv(envs)
+
+
 def test_attributes_and_methods(envs):
     envs.reset()
     assert envs.get_attr("max_episode_steps") == [5, 5, 5]
     assert envs.get_attr("max_episode_steps", indices=[1]) == [5]
+    assert envs.get_attr("observation_space") == [envs.observation_space] * 3
+    assert envs.get_attr("action_space", indices=0) == [envs.action_space]
     envs.set_attr("max_episode_steps", 7)
     assert envs.envs.max_episode_steps == 7
     assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [False] * 3

@@ -6,6 +6,7 @@ deep flow runs ahead; shallow blocks follow it frame by frame, denoiser and code
 released denoiser sees nearly all of a chunk.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,9 +49,9 @@ class ClipConfig:
             raise ValueError(
                 f"context: expected at least 1 latent frame and fewer than the chunk's {self.chunk}, got {self.context}."
             )
-        if self.noise is not None and not self.noise > 0:
+        if self.noise is not None and not 0 < self.noise < math.inf:
             raise ValueError(f"noise: expected a positive number, got {self.noise}.")
-        if not self.guidance >= 0:
+        if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance: expected at least 0, got {self.guidance}.")
         if type(self.decoding) is not SolverConfig or self.decoding.draft == "learned":
             raise ValueError(
