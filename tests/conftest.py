@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 from jaxtyping import install_import_hook
 
@@ -77,6 +78,19 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every attention that is computed: whether cuDNN, which plans it, might have been asked to."""
+    planned, attend = [], F.scaled_dot_product_attention
+
+    def told(*tensors: torch.Tensor, **options: object) -> torch.Tensor:
+        planned.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", told)
+    return planned
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from released import TINY, close, count_caches
 from test_vae import image_vae, wan_vae
 from tiny import normal, randomised
@@ -64,14 +63,7 @@ def test_one_chunk_is_sample_clean_decode(flow, codec, draw, guidance):
     assert found.frames.float().std() > 1 and found.guided == bool(guidance)
 
 
-def test_attention_is_planned_for_no_shape_of_a_clip(draw, monkeypatch):
-    planned, attend = [], F.scaled_dot_product_attention
-
-    def told(*tensors, **options):
-        planned.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return attend(*tensors, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", told)
+def test_attention_is_planned_for_no_shape_of_a_clip(draw, planned):
     draw(1, CONFIG)
     assert planned and not any(planned) and torch.backends.cuda.cudnn_sdp_enabled()
 

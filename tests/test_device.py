@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sfv_world import World, load_world
 from sfv_world.envs.vector_env import WorldVectorEnv
@@ -49,14 +48,7 @@ def test_the_certificate_is_warned_of_at_the_next_step(tiny_world, monkeypatch):
         envs.reset(seed=0)
 
 
-def test_attention_is_planned_for_no_shape_of_decoding(tiny_world, monkeypatch):
-    planned, attend = [], F.scaled_dot_product_attention
-
-    def told(*tensors, **options):
-        planned.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return attend(*tensors, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", told)
+def test_attention_is_planned_for_no_shape_of_decoding(tiny_world, planned):
     tiny_world.step(tiny_world.start([1, 2]), [0, 1])
     assert planned and not any(planned) and torch.backends.cuda.cudnn_sdp_enabled()
 
