@@ -37,7 +37,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def untracked(function: Function) -> Function:
-    """A verb without gradients, without autocast, which would round what is exact, and without plans for its shapes alone.
+    """A verb without gradients, without autocast, which would round what is exact, and without attention planned for each shape.
 
     Never in inference mode: a state that was made in it could not go on outside.
     """
