@@ -103,6 +103,7 @@ def load_policy(
     env: gym.Env[Any, Any],
     *,
     hold: tuple[int, int] = (1, 8),
+    stride: int = 1,
     seed: int | None = None,
     deterministic: bool = False,
 ) -> Policy:
@@ -112,7 +113,8 @@ def load_policy(
         path_or_name: "random", or the path of an agent saved by Stable-Baselines3 (.zip). Its algorithm is taken from
             the file name where that names one ("doom-ppo.zip"); otherwise all of PPO, A2C, DQN, SAC and TD3 are tried.
         env: the environment it will act in; the agent must have been trained with the same spaces.
-        hold: least and greatest number of steps a random action is held.
+        hold: least and greatest number of steps a random action is held, in multiples of `stride` steps.
+        stride: see `HeldRandomPolicy`.
         seed: seed of the random policy.
         deterministic: whether a saved agent takes its most likely action instead of sampling.
 
@@ -125,7 +127,7 @@ def load_policy(
         True
     """
     if str(path_or_name) == "random":
-        return HeldRandomPolicy(env.action_space, hold, seed)
+        return HeldRandomPolicy(env.action_space, hold, seed, stride=stride)
     path = Path(path_or_name)
     if path.suffix != ".zip" or not path.is_file():
         found = "there is no such file" if not path.is_file() else "the file is no .zip"

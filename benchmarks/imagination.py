@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, Ve
 from sfv_world.envs.real import make_real
 from sfv_world.envs.sb3 import WorldVecEnv
 from sfv_world.envs.vector_env import WorldVectorEnv
-from sfv_world.given import DEVICE, set_threads
+from sfv_world.given import DEVICE, check_counts, set_threads
 from sfv_world.loading import load_world
 from sfv_world.world import World
 
@@ -61,8 +61,11 @@ class ImaginationConfig:
     out: Path = Path("out/imagination.json")
     """Where the JSON goes, and the agents beside it."""
 
+    def __post_init__(self) -> None:
+        check_counts(self, "steps", "judged", "episodes", "most_steps", "rows")
 
-def game_of(world: World) -> Callable[[], gym.Env[Any, Any]]:
+
+def recorded_game(world: World) -> Callable[[], gym.Env[Any, Any]]:
     """Makes the game that a world learned from, as it was recorded.
 
     Raises:
@@ -110,7 +113,7 @@ def main(config: ImaginationConfig) -> None:
     set_threads(config.threads)
     report = Report(config.out, config, config.device)
     world = load_world(config.world, config.device).with_decoding(denoise=config.denoise)
-    game, rows = game_of(world), Rows()
+    game, rows = recorded_game(world), Rows()
     for name, seed in product(config.places, config.seeds):
         if name == "world":
             options = {"max_episode_steps": config.most_steps, "autoreset_mode": "SameStep"}

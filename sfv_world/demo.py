@@ -11,7 +11,7 @@ from gymnasium.wrappers import ResizeObservation
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from sfv_world.agents.policies import HeldRandomPolicy, load_policy
+from sfv_world.agents.policies import load_policy
 from sfv_world.data.clips import Actions, take
 from sfv_world.data.collect import CollectConfig, record_episode
 from sfv_world.envs.real import make_real
@@ -84,8 +84,7 @@ def demo(config: DemoConfig) -> Path:
     steps = config.context + config.frames
     recording = CollectConfig(env=name, out=config.out, seed=config.seed, max_episode_steps=steps)
     least, greatest = (-(-steps // world.time) for steps in recipe["hold"])
-    held = HeldRandomPolicy(real.action_space, (least, greatest), stride=world.time)
-    policy = held if config.policy == "random" else load_policy(config.policy, real, deterministic=True)
+    policy = load_policy(config.policy, real, hold=(least, greatest), stride=world.time, deterministic=True)
     pairs = []
     for index in range(config.episodes):
         episode = record_episode(real, policy, recording, index)

@@ -2,6 +2,7 @@
 
 import getpass
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ def check_counts(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}.")
+
+
+def check_number(name: str, value: Any, wanted: str, least: float) -> None:
+    """Raises a ValueError unless a value is a finite number of at least `least`, which is `wanted` in words."""
+    if not (isinstance(value, float | int | np.number) and least <= value < math.inf):
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}.")
 
 
 def check_seed(seed: int) -> None:

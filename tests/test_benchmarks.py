@@ -131,31 +131,13 @@ def test_agents_that_learned_in_a_world_are_judged_in_its_game(benchmark, tmp_pa
     data = collect(CollectConfig(env="doom-basic", out=tmp_path / "data", frames=160, size=40))  # a CNN wants 36 pixels
     tiny = {"preset": "tiny", "window": 2, "clip": 3, "held_out": 0.4, "denoiser": False, "device": "cpu"}
     train(TrainConfig(data=data, out=tmp_path / "world", steps=1, minutes=None, threads=1, **tiny))
-    few = (
-        "--steps",
-        256,
-        "--judged",
-        1,
-        "--rows",
-        2,
-        "--episodes",
-        2,
-        "--seeds",
-        3,
-        "--denoise",
-        "none",
-        "--device",
-        "cpu",
-    )
-    _, found = benchmark("imagination", "--world", tmp_path / "world", *few)
+    few = ("--steps", 256, "--judged", 1, "--rows", 2, "--episodes", 2, "--seeds", 3)
+    plain = ("--denoise", "none", "--device", "cpu")
+    _, found = benchmark("imagination", "--world", tmp_path / "world", *few, *plain)
     rows = found["imagination"]["rows"]
     assert {path.name for path in Path().glob("*.zip")} == {"ppo-world-3.zip", "ppo-game-3.zip"}
-    assert [(row["learned_in"], row["steps"]) for row in rows] == [
-        ("world", 0),
-        ("world", 256),
-        ("game", 0),
-        ("game", 256),
-    ]
+    learned = [("world", 0), ("world", 256), ("game", 0), ("game", 256)]
+    assert [(row["learned_in"], row["steps"]) for row in rows] == learned
     same = {"learned_in", "earned_there"}  # nobody has learned yet, and who judges is seeded
     assert {k: v for k, v in rows[0].items() if k not in same} == {k: v for k, v in rows[2].items() if k not in same}
     assert all(0 < row["steps_lasted_in_the_game"] <= 75 and 0 <= row["ended_in_the_game"] <= 1 for row in rows)
@@ -163,15 +145,15 @@ def test_agents_that_learned_in_a_world_are_judged_in_its_game(benchmark, tmp_pa
 
 def test_agents_are_judged_in_recorded_games_only(monkeypatch, home):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from imagination import game_of
+    from imagination import recorded_game
 
     world = load_world(home / "world")
     world.about["data"] = {"recipe": {"env": "doom-basic", "size": 16, "frame_skip": 4}}
     with pytest.raises(ValueError, match="world: expected frames of at least 36 pixels a side, got 16"):
-        game_of(world)
+        recorded_game(world)
     world.about["data"] = {}
     with pytest.raises(ValueError, match="world: expected one that learned from a recording of `sfv-world collect`"):
-        game_of(world)
+        recorded_game(world)
 
 
 @pytest.mark.parametrize("ends", [True, False])

@@ -14,7 +14,7 @@ settled already is then evaluated once more, which changes nothing.
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from sfv_world.flow.affine import guide
 from sfv_world.flow.cache import FrameCache
 from sfv_world.flow.shallow import Stage
 from sfv_world.flow.transformer import SlotTransformer
+from sfv_world.given import check_number
 from sfv_world.transfer import Fetch, to_device
 
 Draft = Literal["fields", "tokens", "noise", "zeros", "learned"]
@@ -51,8 +52,8 @@ class SolverConfig:
     """Standard deviation of the noise; 1 samples the model's distribution."""
 
     def __post_init__(self) -> None:
-        _check_number("tolerance", self.tolerance, "a positive number", math.ulp(0.0))
-        _check_number("temperature", self.temperature, "at least 0", 0.0)
+        check_number("tolerance", self.tolerance, "a positive number", math.ulp(0.0))
+        check_number("temperature", self.temperature, "at least 0", 0.0)
         for name in ("block", "max_sweeps"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
@@ -75,14 +76,9 @@ class DecodingConfig(SolverConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("guidance", self.guidance, "at least 0", 0.0)
+        check_number("guidance", self.guidance, "at least 0", 0.0)
         if self.denoise not in get_args(Denoise):
             raise ValueError(f"denoise: expected one of {get_args(Denoise)}, got {self.denoise!r}.")
-
-
-def _check_number(name: str, value: Any, wanted: str, least: float) -> None:
-    if not (isinstance(value, float | int | np.number) and least <= value < math.inf):
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}.")
 
 
 class Solution(NamedTuple):

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sfv_world.codec.vae import ImageCodec, Memory, WanCodec, to_frames
 from sfv_world.decoding.solver import SolverConfig
-from sfv_world.given import check_seed
+from sfv_world.given import check_number, check_seed
 from sfv_world.layers import attention_without_plans
 from sfv_world.released.model import ReleasedFlow
 from sfv_world.released.pipeline import Follower
@@ -49,10 +49,9 @@ class ClipConfig:
             raise ValueError(
                 f"context: expected at least 1 latent frame and fewer than the chunk's {self.chunk}, got {self.context}."
             )
-        if self.noise is not None and not 0 < self.noise < math.inf:
-            raise ValueError(f"noise: expected a positive number, got {self.noise}.")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance: expected at least 0, got {self.guidance}.")
+        if self.noise is not None:
+            check_number("noise", self.noise, "a positive number", math.ulp(0.0))
+        check_number("guidance", self.guidance, "at least 0", 0.0)
         if type(self.decoding) is not SolverConfig or self.decoding.draft == "learned":
             raise ValueError(
                 "decoding: expected a SolverConfig without the draft 'learned' for a clip of a released model, which is always "
